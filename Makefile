@@ -1,0 +1,63 @@
+# Everything runs in .venv, which the first target that needs it makes. Needs: make, Python 3.11 or later with venv, a package index for pip.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# The first of these that runs, is 3.11 or later and can make a venv. A name may exist and not run (pyenv's shims), so each is tried.
+PYTHONS ?= python3 python3.13 python3.12 python3.11 python
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+SOURCES := tether tests benchmarks datasets
+ROW ?=
+SEED ?=
+SCALE ?= 1
+
+.PHONY: help install demo test check lab bench chaos clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY)  ## the virtual environment in .venv, and nothing else
+
+demo: $(READY)  ## a lab on this machine: train, publish, infer from Python and over HTTP, shut down
+	$(BIN)/python benchmarks/demo.py
+
+test: $(READY)  ## every test, the notebooks with them
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## format, lint, types, layers, spelling, environment.yml: under a minute
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python -m pytest -q tests/repository/test_environment.py
+
+lab: $(READY)  ## a lab in the foreground, until Ctrl-C
+	$(BIN)/tether up
+
+bench: $(READY)  ## the project's own measurements; written to benchmarks/results
+	$(BIN)/python -m benchmarks
+
+chaos: $(READY)  ## rows of faults at full scale: make chaos [ROW=13] [SEED=7] [SCALE=1]
+	$(BIN)/python -m pytest -m chaos tests/chaos --row='$(ROW)' --seed='$(SEED)' --scale='$(SCALE)'
+
+clean:  ## remove the venv and what the tools and scripts generate
+	rm -rf $(VENV) datasets/digits.zarr datasets/models .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# Made again when a dependency or a pin changes. pip comes first: groups of pyproject.toml need 25.1, Python 3.11 brings an older one.
+$(READY): pyproject.toml constraints.txt
+	@found=; for python in $(PYTHONS); do if "$$python" -c '$(USABLE)' 2>/dev/null; then found=$$python; break; fi; done; \
+	if [ -z "$$found" ]; then \
+	  echo "Tether needs Python 3.11 or later with venv; none of '$(PYTHONS)' is that." >&2; \
+	  echo "Install one (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python@3.13), or name it: make $(MAKECMDGOALS) PYTHONS=/path/to/python3" >&2; \
+	  exit 1; \
+	fi; \
+	[ -x $(BIN)/python ] && $(BIN)/python -c '$(USABLE)' 2>/dev/null || { echo "making $(VENV) with $$("$$found" --version)"; "$$found" -m venv --clear $(VENV); }
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[all]' --group dev
+	@touch $@

@@ -1,0 +1,123 @@
+"""`python benchmarks/online`: requests a second through Tether beside the floor, in the same minutes on the same machine.
+
+Ratios, not times: every cell of Tether stands beside a cell of the floor measured seconds before, and the table gives the median of the
+paired ratios.  `floor-aa` is the floor against itself: how far from 1.00 noise alone gets.  Peers that serve the same models join with
+`--peer NAME=URL`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import load
+import models
+import onnxruntime
+
+import tether
+
+CELLS = (("tiny", 1), ("tiny", 32), ("image", 1), ("image", 8), ("batch", 64))
+HERE = Path(__file__).parent
+
+
+@contextlib.contextmanager
+def floor(folder: Path) -> Iterator[str]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    process = subprocess.Popen([sys.executable, HERE / "floor.py", folder, str(port)])
+    try:
+        _wait(port)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait(port: int) -> None:
+    for _ in range(200):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise SystemExit("the floor does not start")
+
+
+def expected(paths: dict[str, Path]) -> dict[str, object]:
+    """What each model answers to its row, by ONNX Runtime itself."""
+    return {
+        name: onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": models.row(name)})[0]
+        for name, path in paths.items()
+    }
+
+
+def measure(servers: dict[str, str], rounds: int, seconds: float, cells: list[tuple[str, int]]) -> list[dict[str, object]]:
+    """Every cell of every round: the floor first, then each server with a floor of its own beside it."""
+    rows: list[dict[str, object]] = []
+    base = servers["floor"]
+    for turn in range(rounds):
+        for model, clients in cells:
+            for name, url in servers.items():
+                reference = load.run(base, model, clients, seconds)
+                load.run(url, model, clients, 0.5)
+                cell = load.run(url, model, clients, seconds)
+                ratio = cell.rate / reference.rate
+                rows.append({"round": turn, "model": model, "clients": clients, "server": name, "ratio": ratio, **asdict(cell)})
+                print(f"round {turn + 1} {model} c{clients} {name}: {cell.rate:.0f}/s, {ratio:.2f} × floor", file=sys.stderr)
+    return rows
+
+
+def table(rows: list[dict[str, object]], servers: dict[str, str], cells: list[tuple[str, int]]) -> str:
+    lines = ["| server | " + " | ".join(f"{model} c{clients}" for model, clients in cells) + " |", "|---|" + "---|" * len(cells)]
+    for server in servers:
+        texts = []
+        for model, clients in cells:
+            found = [row for row in rows if (row["server"], row["model"], row["clients"]) == (server, model, clients)]
+            ratio, rate, p99 = (statistics.median(float(str(row[key])) for row in found) for key in ("ratio", "rate", "p99"))
+            errors = sum(int(str(row["errors"])) for row in found)
+            texts.append(f"**{ratio:.2f}** ({rate:,.0f}/s, p99 {p99:.1f} ms{f', {errors} errors' if errors else ''})")
+        lines.append(f"| {'floor-aa' if server == 'floor' else server} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each cell")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL", help="another server with the same models")
+    parser.add_argument("--only", action="append", default=[], metavar="MODEL", help="tiny, image or batch")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "online.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tether-bench-") as folder:
+        paths = models.make(Path(folder) / "models")
+        with floor(Path(folder) / "models") as base, tether.up(workers=options.workers, data=Path(folder) / "data") as lab:
+            for name, path in paths.items():
+                lab.publish(name, path, example=models.row(name))
+            servers = {"floor": base, "tether": str(lab.gateway), **dict(peer.split("=", 1) for peer in options.peer)}
+            answers = expected(paths)
+            for url in servers.values():
+                for name, answer in answers.items():
+                    load.check(url, name, answer)
+            cells = [cell for cell in CELLS if not options.only or cell[0] in options.only]
+            rows = measure(servers, options.rounds, options.seconds, cells)
+    text = table(rows, servers, cells)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(), "tether": tether.__version__}
+    options.out.write_text(json.dumps({"machine": machine, "workers": options.workers, "table": text, "cells": rows}, indent=1))
+    print(f"× floor (median of {options.rounds} paired rounds), requests a second, 99th percentile; {machine}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

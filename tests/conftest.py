@@ -1,0 +1,50 @@
+"""For every test: hypothesis' profile, and at the end of the run one list of what was missing on this machine."""
+
+import os
+
+import hypothesis
+import pytest
+
+REQUIRE = "TETHER_REQUIRE"
+"""`all`: what a test needs and does not find fails the run instead of skipping the test; .ci/run sets it."""
+
+# The same examples on every run and no deadline: a test fails for what the code does, not for the luck of the draw or a busy machine.
+hypothesis.settings.register_profile("here", derandomize=True, deadline=None, max_examples=50, print_blob=True)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("here"), max_examples=30)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+class Missing:
+    """Collects why tests were skipped; all of them are told once, before pytest's closing line."""
+
+    def __init__(self, *, required: bool) -> None:
+        self.required = required
+        self.tests_by_reason: dict[str, list[str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._add(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._add(report)
+
+    def _add(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        self.tests_by_reason.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.required and self.tests_by_reason and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.tests_by_reason:
+            return
+        verdict = f"an error, since {REQUIRE}=all" if self.required else f"{REQUIRE}=all makes it an error"
+        terminalreporter.section(f"did not run ({verdict})", red=self.required, yellow=not self.required)
+        for reason, tests in sorted(self.tests_by_reason.items()):
+            terminalreporter.write_line(f"{reason}: {len(tests)} tests, {tests[0]}{' …' if tests[1:] else ''}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Missing(required=os.environ.get(REQUIRE) == "all"), "tether-missing")

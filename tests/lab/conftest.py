@@ -1,0 +1,37 @@
+"""A real lab for the tests of this folder: scheduler, two workers, manager, gateway, each in its own process."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import tether
+
+WEIGHTS = np.arange(64, dtype=np.float32).reshape(16, 4)
+
+
+def write_model(path, scale=1.0):
+    """y = x @ (scale * WEIGHTS), 16 → 4."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "W"], ["y"])],
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(np.float32(scale) * WEIGHTS, "W")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """The lab that tests share: they publish under names of their own and leave its processes alone."""
+    with tether.up(workers=2, data=tmp_path_factory.mktemp("lab")) as started:
+        yield started
+
+
+@pytest.fixture
+def own_lab(tmp_path):
+    """A lab for a test that breaks it."""
+    with tether.up(workers=2, data=tmp_path / "data") as started:
+        yield started

@@ -1,0 +1,183 @@
+"""What dies comes back, what ends leaves nothing behind, and nobody who was promised an answer goes without one."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from conftest import WEIGHTS, write_model
+
+import tether
+from tether import errors
+
+X = np.random.default_rng(5).random((3, 16), dtype=np.float32)
+PROMPT = 20.0
+"""Seconds that any of this may take on a busy machine before the test fails."""
+
+
+def eventually(condition, timeout=PROMPT):
+    """Poll until `condition()` is true and return what it gave; the last exception or False ends the test."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            if found := condition():
+                return found
+        except errors.TetherError:
+            if time.monotonic() > deadline:
+                raise
+        assert time.monotonic() < deadline, f"not true after {timeout} s: {condition}"
+        time.sleep(0.05)
+
+
+def service(lab, name):
+    return next(each for each in lab.status().services if each.name == name)
+
+
+def processes_of(data):
+    """Every process that has the data folder on its command line: supervisor and services."""
+    alive = psutil.process_iter(["cmdline", "status"])
+    named = [process for process in alive if any(str(data) in part for part in process.info["cmdline"] or ())]
+    return [process for process in named if process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid()]
+
+
+class Load:
+    """Twenty requests a second from threads, each checked by value."""
+
+    def __init__(self, lab, name, seconds, rate=20):
+        self.seconds, self.wrong, self.done = [], [], 0
+        self._lab, self._name = lab, name
+        self._threads = [threading.Thread(target=self._ask, args=(index / rate, index)) for index in range(int(seconds * rate))]
+        self._begun = time.monotonic()
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, at, seed):
+        x = np.random.default_rng(seed).random((1 + seed % 4, 16), dtype=np.float32)
+        time.sleep(max(0.0, self._begun + at - time.monotonic()))
+        begun = time.monotonic()
+        try:
+            answer = self._lab.infer(self._name, x)
+            if not np.allclose(answer, x @ WEIGHTS, rtol=1e-4):
+                self.wrong.append("wrong values")
+        except errors.TetherError as error:
+            self.wrong.append(f"{error} [{error.code}]")
+        self.seconds.append(time.monotonic() - begun)
+
+    def at(self, seconds):
+        time.sleep(max(0.0, self._begun + seconds - time.monotonic()))
+
+    def finish(self):
+        for thread in self._threads:
+            thread.join()
+        return self
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_killed_workers_cost_nobody_an_answer(own_lab, tmp_path, capsys):
+    """Two workers, 20 requests a second for 20 s, SIGKILL at 5 s and at 12 s, once of the worker that holds the batch."""
+    own_lab.publish("tiny", write_model(tmp_path / "model.onnx"), example=X[:1])
+    own_lab.infer("tiny", X)
+    eventually(lambda: sum("tiny:1" in worker.models for worker in own_lab.workers.values()) == 2)
+    load, back = Load(own_lab, "tiny", 20), []
+    for at, name in ((5, "worker-1"), (12, "worker-2")):
+        load.at(at)
+        victim = own_lab.workers[name]
+        os.kill(victim.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        eventually(lambda name=name, victim=victim: own_lab.workers[name].pid != victim.pid and "tiny:1" in own_lab.workers[name].models)
+        back.append(time.monotonic() - killed)
+    load.finish()
+    p99 = float(np.quantile(load.seconds, 0.99))
+    with capsys.disabled():
+        right = 400 - len(load.wrong)
+        print(f"\n400 requests, 2 kills: {right} right, p99 {p99 * 1000:.0f} ms, workers back after {back[0]:.1f} and {back[1]:.1f} s")
+    assert load.wrong == []
+    assert len(load.seconds) == 400
+
+
+@pytest.mark.parametrize("name", ["worker-1", "manager", "gateway", "orchestrator"])
+def test_every_service_that_is_killed_comes_back_and_answers(own_lab, tmp_path, name):
+    own_lab.publish("tiny", write_model(tmp_path / "model.onnx"))
+    own_lab.infer("tiny", X)
+    before = service(own_lab, name)
+    os.kill(before.pid, signal.SIGKILL)
+    eventually(lambda: (now := service(own_lab, name)).state == "running" and now.pid != before.pid)
+    answer = eventually(lambda: own_lab.infer("tiny", X) is not None)
+    assert answer
+    assert eventually(lambda: own_lab.publish("again", write_model(tmp_path / "again.onnx", scale=3))).version == 1
+
+
+def test_close_leaves_no_process_and_a_new_lab_finds_the_models(tmp_path):
+    with tether.up(workers=1, data=tmp_path / "data") as lab:
+        lab.publish("tiny", write_model(tmp_path / "model.onnx"))
+        assert len(processes_of(tmp_path / "data")) >= 4
+    assert processes_of(tmp_path / "data") == []
+    with tether.up(workers=1, data=tmp_path / "data") as lab:
+        np.testing.assert_allclose(lab.infer("tiny", X), X @ WEIGHTS, rtol=1e-5)
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(0)"])
+def test_a_lab_ends_with_the_kernel_that_started_it(tmp_path, end):
+    script = f"""
+        import os, signal, sys, tether
+        lab = tether.up(workers=1, data={str(tmp_path / "data")!r})
+        print("up", flush=True)
+        {end}
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert "up" in done.stdout
+    eventually(lambda: processes_of(tmp_path / "data") == [])
+
+
+def test_a_killed_supervisor_leaves_no_orphan(tmp_path):
+    lab = tether.up(workers=1, data=tmp_path / "data")
+    found = processes_of(tmp_path / "data")
+    supervisor = next(process for process in found if "tether.lab.launch" in process.cmdline())
+    supervisor.kill()
+    eventually(lambda: processes_of(tmp_path / "data") == [])
+    lab.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_tether_up_in_a_terminal_ends_cleanly(tmp_path, number):
+    command = [sys.executable, "-m", "tether", "up", "--workers", "1", "--data", str(tmp_path / "data")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    eventually(lambda: (tmp_path / "data" / "run" / "lab.json").exists() and tether.connect(data=tmp_path / "data").close() is None)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=PROMPT)
+    assert process.returncode == 0, output
+    assert processes_of(tmp_path / "data") == []
+
+
+def test_a_second_tether_up_on_the_folder_is_refused_with_what_to_do(lab):
+    command = [sys.executable, "-m", "tether", "up", "--data", lab.status().data]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "[lab_running]" in done.stderr
+    assert "tether down" in done.stderr
+
+
+def test_a_port_asked_for_by_number_that_is_busy_names_its_holder(lab, tmp_path):
+    port = int(lab.gateway.rsplit(":", 1)[1])
+    with pytest.raises(errors.PortBusyError, match=rf"port {port} is taken by .*pid"):
+        tether.up(workers=1, data=tmp_path / "data", port=port)
+    assert processes_of(tmp_path / "data") == []
+
+
+def test_pretended_gpus_give_workers_the_tag(tmp_path):
+    with tether.up(workers=2, gpus=1, pretend_gpus=True, data=tmp_path / "data") as lab:
+        assert {name: worker.gpus for name, worker in lab.workers.items()} == {"worker-1": 1, "worker-2": 0}
+
+
+def test_gpus_that_are_not_there_are_refused(tmp_path):
+    if os.path.exists("/dev/nvidiactl"):  # noqa: PTH110
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(errors.ConfigError, match="--pretend-gpus"):
+        tether.up(workers=1, gpus=1, data=tmp_path / "data")

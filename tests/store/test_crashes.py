@@ -1,0 +1,117 @@
+"""A publisher is killed at every named point and many random ones while another process reads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from store_models import publish, seeded
+
+from tether.store import Repository
+from tether.store.faults import POINTS
+from tether.types import ModelRef
+
+SCRIPT = Path(__file__).with_name("crashing.py")
+SEED = 20_260_801
+KILLS = 100
+IN_BLOBS = 20
+"""Of the kills, how many lie inside of the writing of a blob."""
+TIMES = {"stage": 5, "stage.rename": 5, "blob": 5, "clean": 5, "checkout": 6}
+"""How often a publish of these models surely passes a point; the others: once."""
+
+
+def kills():
+    chance = seeded(SEED)
+    reached = [point for point in POINTS if not point.startswith("format.")]
+    points = reached + ["blob"] * IN_BLOBS
+    points += [chance.choice(reached) for _ in range(KILLS - len(points))]
+    chance.shuffle(points)
+    return [f"{point}#{chance.randint(1, TIMES.get(point, 1))}" for point in points]
+
+
+class Process:
+    def __init__(self, *arguments):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], **pipes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate(timeout=30)
+
+    def ask(self, *job):
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self):
+        out, error = self.process.communicate(timeout=30)
+        assert self.process.returncode == 0, error
+        return out
+
+
+@pytest.fixture(scope="module")
+def publisher():
+    with Process("serve") as process:
+        yield process
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(120)
+def test_killed_anywhere_a_publish_is_seen_whole_or_not_at_all(publisher, tmp_path):
+    root = str(tmp_path / "store")
+    assert publisher.ask("publish", root, 0) == [0, None]
+    with Process("read", root) as reader:
+        _kill_and_publish(publisher, root)
+        report = json.loads(reader.end())
+
+    assert report["reads"] > KILLS
+    assert report["order"] == sorted(set(report["order"])), "the reader saw versions out of order"
+
+
+def _kill_and_publish(publisher, root):
+    """Kill a publish at each point in turn, look at what is left, publish again. Version n + 1 has seed n."""
+    for number, point in enumerate(kills(), start=1):
+        status, answer = publisher.ask("crash", root, point, number)
+        assert (status, answer) == (-9, None), f"{point} (seed {SEED}) did not kill: {answer}"
+
+        status, found = publisher.ask("inspect", root)
+        assert status == 0, found
+        count, latest, seed, problems, leftovers = found
+        assert (problems, leftovers) == (0, 0), point
+        assert (seed, count, latest) in {(number - 1, number, number), (number, number + 1, number + 1)}, point
+        if point.startswith(("clean", "checkout", "catalog.commit")):
+            assert seed == number, f"{point}: the commit had returned"
+
+        assert publisher.ask("publish", root, number) == [0, None], point
+    assert publisher.ask("inspect", root)[1] == [number + 1, number + 1, number, 0, 0]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_while_the_store_is_made_the_next_start_makes_it(publisher, tmp_path, point):
+    root = str(tmp_path / "store")
+
+    assert publisher.ask("crash", root, point, 1) == [-9, None]
+
+    assert publisher.ask("publish", root, 1) == [0, None]
+    assert publisher.ask("inspect", root) == [0, [1, 1, 1, 0, 0]]
+
+
+def test_a_reader_alone_finds_the_committed_version_of_a_writer_that_died(publisher, tmp_path):
+    root = tmp_path / "store"
+    assert publisher.ask("crash", str(root), "clean", 7) == [-9, None]
+
+    with Repository.open(root, read_only=True) as reader:
+        record = reader.resolve(ModelRef("digits"))
+
+        assert reader.manifest(record.digest).attributes == {"seed": 7}
+        assert reader.verify().problems == ()
+
+
+def test_crash_points_do_nothing_unless_asked_for(repository, monkeypatch):
+    monkeypatch.setenv("TETHER_CRASH_AT", "blob#1000")
+    assert publish(repository, 1).created

@@ -1,0 +1,91 @@
+"""`tether up`, `down`, `status`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tether.cli.options import Target, as_json, at_lab, data_folder, run
+from tether.cli.tables import age_text, print_json, print_table
+from tether.config import DataFolder
+from tether.errors import NoLabError
+
+if TYPE_CHECKING:
+    from tether.lab.launch import UpSettings
+
+__all__ = ["down", "status", "up"]
+
+
+@click.command("up")
+@click.option("--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Worker processes.")
+@click.option("--gpus", type=click.IntRange(0), default=0, show_default=True, help="GPUs of this machine to use.")
+@click.option("--pretend-gpus", is_flag=True, help="Tag workers with GPUs that are not there, to test placement.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the gateway  [default: 8000, or the next free one].")
+@click.option("--detach", is_flag=True, help="Return when the lab is up; end it with `tether down`.")
+@data_folder
+def up(workers: int, gpus: int, pretend_gpus: bool, port: int | None, detach: bool, data: str | None) -> None:
+    """Start a lab on this machine: scheduler, workers, model manager, gateway."""
+    from tether.lab.launch import UpSettings, launch  # processes and TLS: not for `--help`
+
+    settings = UpSettings(DataFolder.locate(data), workers=workers, port=port, gpus=gpus, pretend_gpus=pretend_gpus)
+    if not detach:
+        sys.exit(_stay(settings))
+    lab = launch(settings, bound=False)
+    _announce(lab.gateway, lab.notes)
+    click.echo("End it with `tether down`.")
+
+
+def _stay(settings: UpSettings) -> int:
+    from tether.lab.launch import supervise  # as above
+
+    def announce(supervisor: Any) -> None:
+        _announce(supervisor.url, supervisor.notes)
+        click.echo("End it with Ctrl-C.")
+
+    return supervise(settings, announce)
+
+
+def _announce(gateway: str | None, notes: Any) -> None:
+    for note in notes:
+        click.echo(note)
+    click.echo(f"The lab is up: {gateway or 'without a gateway'}")
+
+
+@click.command("down")
+@data_folder
+def down(data: str | None) -> None:
+    """End the lab of the data folder."""
+    from tether.lab.launch import running  # as above
+
+    folder = DataFolder.locate(data)
+    found = running(folder)
+    if found is None:
+        raise NoLabError(f"no lab runs on {folder.root}; nothing to end")
+    found.stop()
+    click.echo("The lab has ended.")
+
+
+@click.command("status")
+@at_lab
+@as_json
+def status(target: Target, json_: bool) -> None:
+    """Services, workers and models of a lab."""
+    with target.connect() as lab:
+        if json_:
+            print_json(run(lab.operations.client.status()))
+            return
+        found, now = lab.status(), time.time()
+    click.echo(f"gateway  {found.gateway or 'none'}\ndata     {found.data}\n")
+    print_table(
+        ("service", "state", "for", "pid", "address"),
+        [(each.name, each.state, age_text(now - each.since), each.pid, each.address) for each in found.services],
+    )
+    click.echo()
+    print_table(("worker", "state", "gpus", "models"), [(each.id, each.state, each.gpus, ", ".join(each.models)) for each in found.workers])
+    click.echo()
+    print_table(
+        ("model", "version", "state"), [(model.name, each.version, each.state) for model in found.models for each in model.versions]
+    )

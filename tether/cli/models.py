@@ -1,0 +1,131 @@
+"""`tether models`, `show`, `alias`, `rollback`, `verify`, `trust`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from tether.cli.options import Target, as_json, at_lab, run
+from tether.cli.tables import age_text, pairs_text, print_json, print_table
+from tether.lab.sizes import size_text
+
+if TYPE_CHECKING:
+    from tether.lab.objects import Model
+
+__all__ = ["alias", "models", "rollback", "show", "trust", "verify"]
+
+
+@click.command("models")
+@at_lab
+@as_json
+def models(target: Target, json_: bool) -> None:
+    """List the lab's models."""
+    with target.connect() as lab:
+        if json_:
+            print_json({"models": run(lab.operations.client.models())})
+            return
+        found = lab.models.values()
+    print_table(("name", "versions", "default", "framework", "size", "aliases"), [_row(model) for model in found])
+
+
+def _row(model: Model) -> tuple[object, ...]:
+    newest = model.versions[-1] if model.versions else None
+    shown = ("", "") if newest is None else (newest.framework or "?", size_text(newest.nbytes))
+    return model.name, len(model.versions), model.default, *shown, pairs_text(model.aliases)
+
+
+@click.command("show")
+@click.argument("name")
+@at_lab
+@as_json
+def show(name: str, target: Target, json_: bool) -> None:
+    """One model: its versions, aliases, inputs and outputs."""
+    with target.connect() as lab:
+        if json_:
+            print_json(run(lab.operations.client.model(name)))
+            return
+        model = run(lab.operations.model(name))
+    _print_versions(model)
+    newest = next((version for version in model.versions if version.version == model.default), None)
+    if newest is not None:
+        click.echo(f"\n{newest}")
+        sides = (("input", newest.inputs), ("output", newest.outputs))
+        print_table(
+            ("", "name", "datatype", "shape"),
+            [(side, spec.name, spec.datatype, list(spec.shape)) for side, specs in sides for spec in specs],
+        )
+
+
+def _print_versions(model: Model) -> None:
+    now = time.time()
+    named = {number: [alias for alias in sorted(model.aliases) if model.aliases[alias] == number] for number in model.aliases.values()}
+    print_table(
+        ("version", "framework", "size", "age", "aliases", "tags", "digest"),
+        [
+            (
+                each.version,
+                each.framework or "?",
+                size_text(each.nbytes),
+                age_text(now - each.created),
+                ", ".join(named.get(each.version, [])),
+                pairs_text(each.tags),
+                each.digest[:16],
+            )
+            for each in model.versions
+        ],
+    )
+
+
+@click.command("alias")
+@click.argument("name")
+@click.argument("alias_", metavar="ALIAS")
+@click.argument("version", type=click.IntRange(1))
+@at_lab
+def alias(name: str, alias_: str, version: int, target: Target) -> None:
+    """Let NAME@ALIAS mean VERSION; "prod" is what the bare name means."""
+    with target.connect() as lab:
+        lab.alias(name, alias_, version)
+    click.echo(f"{name}@{alias_} is now {name}:{version}")
+
+
+@click.command("rollback")
+@click.argument("name")
+@click.option("--alias", "alias_", help='Alias to move back  [default: "prod", else "latest"].')
+@at_lab
+def rollback(name: str, alias_: str | None, target: Target) -> None:
+    """Move an alias back to the version it meant before."""
+    with target.connect() as lab:
+        moved = lab.rollback(name, alias_)
+    click.echo(f"{name}@{moved.alias} is now {name}:{moved.after} (was {name}:{moved.before})")
+
+
+@click.command("verify")
+@click.argument("name")
+@at_lab
+@as_json
+def verify(name: str, target: Target, json_: bool) -> None:
+    """Read every byte of a model ("digits", or one version: "digits:2") and compare it with its digest."""
+    with target.connect() as lab:
+        found = lab.verify(name)
+    if json_:
+        problems = [{"path": each.path, "digest": each.digest, "code": each.code, "error": each.error} for each in found.problems]
+        print_json({"ok": found.ok, "checked": found.checked, "nbytes": found.nbytes, "problems": problems})
+    elif found:
+        click.echo(f"{name}: {found.checked} blobs, {size_text(found.nbytes)}: all well")
+    else:
+        print_table(("path", "digest", "problem"), [(each.path, each.digest[:16], each.error) for each in found.problems])
+    sys.exit(0 if found else 1)
+
+
+@click.command("trust")
+@click.argument("key")
+@click.option("--code", is_flag=True, required=True, help="Trust the key's holder to publish models that run code here.")
+@at_lab
+def trust(key: str, code: bool, target: Target) -> None:
+    """Trust a publisher, named by a public key."""
+    with target.connect() as lab:
+        lab.trust(key, ("code",) if code else ())
+    click.echo(f"{key} is trusted for code")

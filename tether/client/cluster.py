@@ -1,0 +1,181 @@
+"""To the orchestrator and the manager as a member of the cluster: Dask's comms under mutual TLS. Control only; no inference passes here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+from distributed import Security
+from distributed.core import CommClosedError, connect, rpc
+
+from tether.errors import ServiceUnavailableError, from_code
+from tether.routing.table import Table
+from tether.security.tls import TlsFiles
+from tether.types import ModelVersion
+
+__all__ = ["ManagerClient", "OrchestratorClient"]
+
+log = structlog.get_logger("tether.gateway")
+_RECONNECT = (0.05, 0.1, 0.2, 0.5, 1.0)
+"""Seconds between tries; the last one again and again."""
+_CONTROL_TIMEOUT = 10.0
+"""Seconds for a control call."""
+
+
+def _connection_args(tls: TlsFiles) -> dict[str, Any]:
+    arguments: dict[str, Any] = Security(**tls.security()).get_connection_args("client")
+    return arguments
+
+
+class OrchestratorClient:
+    """A gateway's link to the orchestrator: tables in, wants out. Keeps the last table while the orchestrator is away."""
+
+    def __init__(self, address: str, tls: TlsFiles, on_table: Callable[[Table], None], used: Callable[[], list[ModelVersion]]) -> None:
+        self._address, self._args = address, _connection_args(tls)
+        self._on_table, self._used = on_table, used
+        self._rpc = rpc(address, connection_args=self._args)
+        self._first = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self, patience: float) -> None:
+        """Begin to follow the table; returns with the first one.
+
+        Raises: ServiceUnavailableError: none came in time.
+        """
+        self._watching = asyncio.create_task(self._follow())
+        try:
+            async with asyncio.timeout(patience):
+                await self._first.wait()
+        except TimeoutError:
+            raise ServiceUnavailableError(f"no orchestrator answers at {self._address}; is `tether orchestrator` running?") from None
+
+    async def _follow(self) -> None:
+        tries = 0
+        while True:
+            try:
+                await self._watch()
+                tries = 0
+            except OSError as error:
+                log.warning("orchestrator away", address=self._address, error=str(error))
+            await asyncio.sleep(_RECONNECT[min(tries, len(_RECONNECT) - 1)])
+            tries += 1
+
+    async def _watch(self) -> None:
+        """Take tables in until the connection ends."""
+        comm = await connect(self._address, timeout=2.0, **self._args)
+        try:
+            await comm.write({"op": "tether_watch", "reply": False})
+            table = msgspec.msgpack.decode((await comm.read())["table"], type=Table)
+            self._on_table(table)
+            self._first.set()
+            for model in self._used():
+                await self.want(model)
+            while True:
+                self._on_table(msgspec.msgpack.decode((await comm.read())["table"], type=Table))
+        except CommClosedError:
+            return
+        finally:
+            comm.abort()
+
+    async def want(self, model: ModelVersion) -> tuple[str, str]:
+        """Ask for a version to be loaded: its state after placement, and the reason when it failed.
+
+        Raises: ServiceUnavailableError.
+        """
+        answer = await _call(self._rpc.tether_want, "orchestrator", self._address, model=msgspec.msgpack.encode(model))
+        return answer["state"], answer["reason"]
+
+    async def close(self) -> None:
+        """Stop following."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await self._rpc.close_rpc()
+
+
+async def _call(
+    operation: Callable[..., Awaitable[Any]], service: str, address: str | None, /, patience: float = _CONTROL_TIMEOUT, **arguments: Any
+) -> Any:
+    """Raises: ServiceUnavailableError: it does not answer; what the service answered as an error of the tree."""
+    try:
+        async with asyncio.timeout(patience):
+            answer = await operation(**arguments)
+    except (OSError, TimeoutError) as error:
+        raise ServiceUnavailableError(f"the {service} at {address} does not answer; the supervisor restarts it, try again") from error
+    if isinstance(answer, dict) and "error" in answer:
+        code, *args = answer["error"]
+        raise from_code(code, *args)
+    return answer
+
+
+_PUBLISH_TIMEOUT = 300.0
+"""Seconds for a call that parses, hashes or runs a model."""
+
+
+class ManagerClient:
+    """`ports.Management` over the cluster's comms.
+
+    `address` gives the manager's address as the table has it now; `reflects` waits until the table has a change of the catalog.
+    """
+
+    def __init__(self, address: Callable[[], str | None], reflects: Callable[[int], Awaitable[None]], tls: TlsFiles) -> None:
+        self._address, self._reflects, self._args = address, reflects, _connection_args(tls)
+        self._rpc: rpc | None = None
+        self._connected: str | None = None
+
+    async def _ask(self, operation: str, patience: float = _CONTROL_TIMEOUT, **arguments: Any) -> Any:
+        address = self._address()
+        if address is None:
+            raise ServiceUnavailableError("the model manager is away; what is loaded serves on, try again in a few seconds")
+        if self._rpc is None or address != self._connected:
+            await self.close()
+            self._rpc, self._connected = rpc(address, connection_args=self._args), address
+        handler = getattr(self._rpc, f"tether_{operation}")
+        answer = await _call(handler, "manager", address, patience=patience, **arguments)
+        await self._reflects(answer["change"])
+        return answer["answer"]
+
+    async def close(self) -> None:
+        """Drop the connections."""
+        if self._rpc is not None:
+            await self._rpc.close_rpc()
+            self._rpc = None
+
+    async def put_blob(self, digest: str, data: bytes) -> dict[str, Any]:
+        return dict(await self._ask("put_blob", digest=digest, data=data))
+
+    async def get_blob(self, digest: str) -> bytes:
+        return bytes(await self._ask("get_blob", digest=digest))
+
+    async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(await self._ask("publish", _PUBLISH_TIMEOUT, name=name, draft=dict(draft)))
+
+    async def models(self) -> list[dict[str, Any]]:
+        return list(await self._ask("models"))
+
+    async def model(self, name: str) -> dict[str, Any]:
+        return dict(await self._ask("model", name=name))
+
+    async def manifest(self, name: str, version: int) -> dict[str, Any]:
+        return dict(await self._ask("manifest", name=name, version=version))
+
+    async def set_alias(self, name: str, alias: str, version: int) -> dict[str, Any]:
+        return dict(await self._ask("set_alias", name=name, alias=alias, version=version))
+
+    async def delete_alias(self, name: str, alias: str) -> dict[str, Any]:
+        return dict(await self._ask("delete_alias", name=name, alias=alias))
+
+    async def rollback(self, name: str, alias: str | None) -> dict[str, Any]:
+        return dict(await self._ask("rollback", name=name, alias=alias))
+
+    async def delete_version(self, name: str, version: int) -> dict[str, Any]:
+        return dict(await self._ask("delete_version", name=name, version=version))
+
+    async def verify(self, name: str, version: int | None) -> dict[str, Any]:
+        return dict(await self._ask("verify", _PUBLISH_TIMEOUT, name=name, version=version))
+
+    async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
+        return dict(await self._ask("trust", publisher=publisher, scopes=list(scopes)))

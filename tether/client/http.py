@@ -1,0 +1,337 @@
+"""Speaks HTTP to a gateway: inference (Open Inference Protocol, binary) and all of `/tether/v1`."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+import orjson
+from yarl import URL
+
+from tether._version import __version__
+from tether.client.forking import abandon
+from tether.errors import (
+    BadInputError,
+    DeadlineExceededError,
+    NotFoundError,
+    RemoteError,
+    ServiceUnavailableError,
+    TetherError,
+    UnsupportedError,
+)
+from tether.store.layout import BLOB_NBYTES
+from tether.types import InferResponse, Tensors
+from tether.wire.oip import decode_error, decode_response, encode_request
+
+__all__ = ["HttpClient"]
+
+HEADER_LENGTH: Final = "Inference-Header-Content-Length"
+_CONNECT: Final = 5.0
+"""Seconds to open a connection: a host that takes longer is not there."""
+_TIMEOUT: Final = 65.0
+"""Seconds; over the gateway's own 60, so that its answer, which says more, comes first."""
+_GRACE: Final = 0.25
+"""Seconds that the gateway's own word on a deadline may be late."""
+_LONG: Final = 1800.0
+"""Seconds for a publish (a sandbox may import TensorFlow) or a verification (reads every byte)."""
+_PAUSES: Final = (0.1, 0.4, 1.0)
+"""Seconds before each retry: together about what the supervisor needs to restart a gateway."""
+_KEEPALIVE: Final = 4.0
+"""Seconds an idle connection is kept: under the 5 s of usual servers, so that a request never meets one that just closed."""
+_PIECEMEAL: Final = 1 << 20
+"""Bytes from which on aiohttp warns of a body in one piece."""
+_JSON_LIMIT: Final = 256 << 20
+"""Bytes of a JSON answer: the manifest of a model with a million segments is under it."""
+_TENSOR_LIMIT: Final = 4 << 30
+"""Bytes of an inference answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One HTTP request."""
+
+    method: str
+    path: str
+    body: bytes | None = None
+    headers: Mapping[str, str] | None = None
+    timeout: float = _TIMEOUT
+    repeatable: bool = True
+    """Whether it may be sent again when the connection was lost after it was sent."""
+    limit: int = _JSON_LIMIT
+    """Largest answer that is read, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    status: int
+    header_nbytes: int
+    body: bytes
+
+
+class HttpClient:
+    """One gateway. Belongs to the event loop that makes the first call; connections are opened then and kept.
+
+    Every call raises the error of the tree that the gateway names, `ServiceUnavailableError` when nothing answers and
+    `DeadlineExceededError` when the answer does not come in time. What may be repeated without harm is repeated when the
+    connection breaks; an inference only when it can't have reached the gateway.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """Raises: UnsupportedError: `url` is not `http(s)://host[:port]`."""
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise UnsupportedError(f"{url!r} is not the address of a gateway; write http://host:port or https://host:port")
+        self.url = url.rstrip("/")
+        self._api_key = api_key
+        self._session: aiohttp.ClientSession | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __repr__(self) -> str:
+        return f"HttpClient({self.url!r}, api_key={'***' if self._api_key else None})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections; a second call does nothing."""
+        session, self._session = self._session, None
+        if session is not None and self._loop is asyncio.get_running_loop():
+            await session.close()
+        elif session is not None:
+            abandon(session)
+
+    # Inference
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Tensors,
+        *,
+        version: int | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 (it also goes to the gateway, which stops working on what nobody waits for)
+    ) -> InferResponse:
+        """Run one request; `model` is a name, `publisher~name` or `name@alias`, as in a URL.
+
+        Raises: UnknownModelError, UnknownVersionError, BadInputError, NoWorkerError, ModelFailedError …: as the gateway answers.
+        """
+        body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True)
+        headers = {HEADER_LENGTH: str(header_nbytes), "Content-Type": "application/octet-stream"}
+        if timeout is not None:
+            headers["X-Request-Timeout"] = f"{timeout:g}"
+        wait = _TIMEOUT if timeout is None else timeout + _GRACE
+        call = _Call("POST", _model_path(model, version) + "/infer", body, headers, wait, repeatable=False, limit=_TENSOR_LIMIT)
+        reply = await self._send(call)
+        return decode_response(reply.body, reply.header_nbytes)
+
+    async def metadata(self, model: str, version: int | None = None) -> dict[str, Any]:
+        """`{"name", "versions", "platform", "inputs", "outputs"}`, as the protocol has it."""
+        return await self._json(_Call("GET", _model_path(model, version)))
+
+    async def live(self) -> None:
+        """Return if a server answers HTTP at the address, ready or not. Raises: ServiceUnavailableError."""
+        await self._exchange(_Call("GET", "/v2/health/live", timeout=_CONNECT))
+
+    # Models
+
+    async def put_blob(self, digest: str, data: bytes) -> None:
+        """Raises: DigestMismatchError, NoSpaceError."""
+        headers = {"Content-Type": "application/octet-stream"}
+        await self._send(_Call("PUT", f"/tether/v1/blobs/{quote(digest)}", data, headers))
+
+    async def get_blob(self, digest: str) -> bytes:
+        """The bytes as they came; whoever uses them checks the digest. Raises: NotFoundError, ChunkMissingError, ChunkAlteredError."""
+        return (await self._send(_Call("GET", f"/tether/v1/blobs/{quote(digest)}", limit=BLOB_NBYTES))).body
+
+    async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the drafted files a version. Idempotent by content: sent again it answers `created` false.
+
+        Raises: MissingBlobsError: `args[1]` lists the digests to upload first.
+        """
+        return await self._json(_posted(_name_path(name) + "/versions", draft, timeout=_LONG))
+
+    async def models(self) -> list[dict[str, Any]]:
+        answer = await self._json(_Call("GET", "/tether/v1/models"))
+        return _rows(answer, "models")
+
+    async def model(self, name: str) -> dict[str, Any]:
+        return await self._json(_Call("GET", _name_path(name)))
+
+    async def manifest(self, name: str, version: int) -> dict[str, Any]:
+        return await self._json(_Call("GET", f"{_name_path(name)}/versions/{version}"))
+
+    async def delete_version(self, name: str, version: int) -> dict[str, Any]:
+        return await self._json(_Call("DELETE", f"{_name_path(name)}/versions/{version}"))
+
+    async def set_alias(self, name: str, alias: str, version: int) -> dict[str, Any]:
+        return await self._json(_with_json("PUT", _alias_path(name, alias), {"version": version}))
+
+    async def delete_alias(self, name: str, alias: str) -> dict[str, Any]:
+        return await self._json(_Call("DELETE", _alias_path(name, alias)))
+
+    async def rollback(self, name: str, alias: str | None = None) -> dict[str, Any]:
+        """Move `alias` to where it was before. Never repeated by itself: a second one would go one step further back."""
+        return await self._json(_posted(_name_path(name) + "/rollback", {"alias": alias}, repeatable=False))
+
+    async def verify(self, name: str, version: int | None = None) -> dict[str, Any]:
+        return await self._json(_posted(_name_path(name) + "/verify", {"version": version}, timeout=_LONG))
+
+    # The lab
+
+    async def workers(self) -> list[dict[str, Any]]:
+        answer = await self._json(_Call("GET", "/tether/v1/workers"))
+        return _rows(answer, "workers")
+
+    async def status(self) -> dict[str, Any]:
+        return await self._json(_Call("GET", "/tether/v1/status"))
+
+    async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
+        return await self._json(_with_json("PUT", f"/tether/v1/trust/{quote(publisher, safe='')}", {"scopes": list(scopes)}))
+
+    # One exchange
+
+    async def _json(self, call: _Call) -> dict[str, Any]:
+        reply = await self._send(call)
+        try:
+            value = orjson.loads(reply.body) if reply.body else {}
+        except orjson.JSONDecodeError as error:
+            raise RemoteError(
+                f"{self.url} answered {call.method} {call.path} with bytes that are not JSON; is it a Tether gateway?"
+            ) from error
+        if not isinstance(value, dict):
+            raise RemoteError(f"{self.url} answered {call.method} {call.path} with JSON that is not an object; is it a Tether gateway?")
+        return value
+
+    async def _send(self, call: _Call) -> _Reply:
+        reply = await self._exchange(call)
+        if reply.status // 100 != 2:  # noqa: PLR2004 (2xx)
+            raise self._refusal(call, reply)
+        return reply
+
+    async def _exchange(self, call: _Call) -> _Reply:
+        for pause in _PAUSES:
+            try:
+                return await self._once(call)
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+                await asyncio.sleep(pause)
+            except aiohttp.ClientConnectionError as error:
+                if not call.repeatable:
+                    raise self._lost(call, error) from error
+                await asyncio.sleep(pause)
+        try:
+            return await self._once(call)
+        except aiohttp.ClientError as error:
+            raise self._lost(call, error) from error
+
+    async def _once(self, call: _Call) -> _Reply:
+        timeout = aiohttp.ClientTimeout(total=call.timeout, sock_connect=min(_CONNECT, call.timeout))
+        url = URL(self.url + call.path, encoded=True)
+        session = self._connected()
+        try:
+            async with session.request(
+                call.method, url, data=_sendable(call.body), headers=call.headers, timeout=timeout, allow_redirects=False
+            ) as response:
+                body = await _bounded(response, call.limit)
+                return _Reply(response.status, _header_nbytes(response), body)
+        except aiohttp.ConnectionTimeoutError:
+            raise
+        except TimeoutError as error:
+            message = (
+                f"no answer from {self.url} to {call.method} {call.path} within {call.timeout:g} s; try again or give a longer timeout"
+            )
+            raise DeadlineExceededError(message) from error
+        except aiohttp.ClientPayloadError as error:
+            raise ServiceUnavailableError(f"the answer of {self.url} to {call.method} {call.path} broke off; call again") from error
+
+    def _connected(self) -> aiohttp.ClientSession:
+        loop = asyncio.get_running_loop()
+        if self._session is not None and self._loop is not loop:
+            abandon(self._session)  # after a fork, or in a second loop: the old connections are another's
+            self._session = None
+        if self._session is None:
+            headers = {"User-Agent": f"tether/{__version__}"}
+            if self._api_key:
+                headers["Authorization"] = f"Bearer {self._api_key}"
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE)
+            self._session = aiohttp.ClientSession(connector=connector, headers=headers, read_bufsize=1 << 20)
+            self._loop = loop
+        return self._session
+
+    def _lost(self, call: _Call, error: Exception) -> TetherError:
+        if isinstance(error, aiohttp.ClientSSLError):
+            return ServiceUnavailableError(f"no TLS connection to {self.url}: {error}; check the address and the certificate")
+        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            return ServiceUnavailableError(
+                f"nothing answers at {self.url}; start a lab with `tether up` (in a notebook: tether.up()) or check the address"
+            )
+        return ServiceUnavailableError(f"the connection to {self.url} was lost during {call.method} {call.path}; call again")
+
+    def _refusal(self, call: _Call, reply: _Reply) -> TetherError:
+        if not reply.body.startswith(b"{"):
+            where = f"{self.url} answered {call.method} {call.path} with {reply.status} and no error of ours"
+            if reply.status == 404:  # noqa: PLR2004 (HTTP's not found)
+                return NotFoundError(f"{where}; is it a Tether gateway?")
+            return RemoteError(f"{where}; is it a Tether gateway, or is a proxy in between?")
+        return decode_error(reply.status, reply.body)
+
+
+def _sendable(body: bytes | None) -> bytes | io.BytesIO | None:
+    """Large bodies as files: aiohttp then writes them piece by piece and lets the loop's other calls run in between."""
+    return io.BytesIO(body) if body is not None and len(body) > _PIECEMEAL else body
+
+
+async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    if response.content_length is not None and response.content_length <= limit:
+        return await response.read()
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > limit:
+            raise RemoteError(f"the answer of {response.url.origin()} is over {limit} bytes; nothing of it was used")
+    return bytes(body)
+
+
+def _header_nbytes(response: aiohttp.ClientResponse) -> int:
+    text = response.headers.get(HEADER_LENGTH, "0")
+    if not text.isdecimal() or len(text) > 10:  # noqa: PLR2004 (ten digits are more than any header has bytes)
+        raise RemoteError(f"{response.url.origin()} sent {HEADER_LENGTH}: {text[:40]!r}; it must be a number of bytes")
+    return int(text)
+
+
+def _name_path(name: str) -> str:
+    return f"/tether/v1/models/{quote(name, safe='~')}"
+
+
+def _alias_path(name: str, alias: str) -> str:
+    return f"{_name_path(name)}/aliases/{quote(alias, safe='')}"
+
+
+def _model_path(model: str, version: int | None) -> str:
+    if not model:
+        raise BadInputError("no model named; give a name such as 'digits'")
+    path = f"/v2/models/{quote(model, safe='~@')}"
+    return path if version is None else f"{path}/versions/{version}"
+
+
+def _with_json(method: str, path: str, value: Mapping[str, Any]) -> _Call:
+    return _Call(method, path, orjson.dumps(dict(value)), {"Content-Type": "application/json"})
+
+
+def _posted(path: str, value: Mapping[str, Any], *, timeout: float = _TIMEOUT, repeatable: bool = True) -> _Call:
+    return _Call("POST", path, orjson.dumps(dict(value)), {"Content-Type": "application/json"}, timeout, repeatable)
+
+
+def _rows(answer: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    rows = answer.get(key)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RemoteError(f"the gateway's answer has no list {key!r}; its version differs from this one ({__version__})")
+    return rows

@@ -1,0 +1,129 @@
+"""Settings, read once: where a lab lives and which ports it asks for.
+
+Order: what the caller passes, then `dask.config`'s namespace `tether` (YAML files and `DASK_TETHER__…` variables, one convention with the
+tools beside it), then the defaults below.  The data folder: `--data`, else `TETHER_HOME`, else the platform's user data folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from tether.errors import ConfigError
+
+__all__ = ["GATEWAY_PORT", "HOUSEKEEPING", "MANAGER_PORT", "ORCHESTRATOR_PORT", "DataFolder", "Limits", "worker_ports"]
+
+GATEWAY_PORT = 8000
+ORCHESTRATOR_PORT = 8002
+MANAGER_PORT = 8004
+
+
+def worker_ports(count: int) -> list[int]:
+    """8001, 8003, 8005 … : the odd ports beside the services' even ones.
+
+    >>> worker_ports(3)
+    [8001, 8003, 8005]
+    """
+    return [8001 + 2 * index for index in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the gateway accepts."""
+
+    body_nbytes: int = 64 << 20
+    """As Triton's `--http-max-input-size`: larger inputs are cut up by the caller."""
+    timeout: float = 60.0
+    """Seconds a request may take when it does not say."""
+    batch_rows: int = 32
+    """Rows of one batch: with as many rows as clients all move in lockstep, half of it overlaps them (FASTPATH.md §3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFolder:
+    """The paths of one lab. Everything that must survive is below `root`; sockets lie in `runtime`, whose paths must stay short."""
+
+    root: Path
+
+    @classmethod
+    def locate(cls, path: str | os.PathLike[str] | None = None) -> DataFolder:
+        """The folder that `path`, `TETHER_HOME` or the platform names; it need not exist."""
+        chosen = path or os.environ.get("TETHER_HOME") or platformdirs.user_data_dir("tether", appauthor=False)
+        return cls(Path(chosen).expanduser().resolve())
+
+    def create(self) -> DataFolder:
+        """Make the folders, for this user only.
+
+        Raises: ConfigError: it can't be made or is not writable.
+        """
+        try:
+            for folder in (self.root, self.tls, self.keys, self.logs, self.run, self.runtime):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"data folder {self.root}: {error.strerror}; choose another with --data or TETHER_HOME") from error
+        if not os.access(self.root, os.W_OK):
+            raise ConfigError(f"data folder {self.root} is not writable; choose another with --data or TETHER_HOME")
+        if self.runtime.stat().st_uid != os.getuid():
+            raise ConfigError(f"{self.runtime} belongs to another user; set TMPDIR to a folder of your own")
+        return self
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    @property
+    def tls(self) -> Path:
+        return self.root / "tls"
+
+    @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def run(self) -> Path:
+        """What is true only while the lab runs."""
+        return self.root / "run"
+
+    @property
+    def identity(self) -> Path:
+        return self.keys / "identity"
+
+    @property
+    def api_key(self) -> Path:
+        """The first API key, written at first start, mode 0600."""
+        return self.keys / "api-key"
+
+    @property
+    def runtime(self) -> Path:
+        """Folder of the Unix sockets: their paths are limited to 107 bytes, so it is not below `root`."""
+        digest = hashlib.sha256(str(self.root).encode()).hexdigest()[:12]
+        return Path(tempfile.gettempdir()) / f"tether-{os.getuid()}" / digest
+
+
+HOUSEKEEPING: dict[str, object] = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.worker.daemon": False,
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+    "distributed.worker.memory.monitor-interval": "10s",
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.active-memory-manager.start": False,
+    "distributed.scheduler.http.routes": [],
+    "distributed.worker.http.routes": [],
+    "distributed.admin.tick.interval": "2s",
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.admin.system-monitor.gil.enabled": False,
+    "distributed.comm.require-encryption": True,
+}
+"""Settings of `dask.config` for the cluster's processes: an idle cluster falls from 0.09 cores to 0.01 (DESIGN.md §2)."""

@@ -1,0 +1,404 @@
+"""Every error Tether raises: one tree, stable codes, HTTP and gRPC status.
+
+    TetherError
+    ├── RequestError       the caller can mend it            4xx
+    ├── UnavailableError   it may work when tried again       5xx (503, 504, 507)
+    ├── RemoteError        another party sent something wrong 502
+    └── InternalError      our bug                            500
+
+A leaf also inherits the builtin that Python code expects (`UnknownModelError` is a `LookupError`).  `code` is released and never
+changes: programs match on it, people search for it.  The first argument is the message and says what to do next; whatever else an
+error knows stands behind it in `args`, so every error survives pickling and a trip over HTTP (`from_code`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "BadInputError",
+    "BadModelError",
+    "BadNameError",
+    "BadSignatureError",
+    "ChunkAlteredError",
+    "ChunkMissingError",
+    "ConfigError",
+    "ConflictError",
+    "DeadlineExceededError",
+    "DigestMismatchError",
+    "ForbiddenError",
+    "FormatTooNewError",
+    "HeadersTooLargeError",
+    "InternalError",
+    "LabRunningError",
+    "LoadFailedError",
+    "MalformedManifestError",
+    "MalformedRequestError",
+    "MethodNotAllowedError",
+    "MissingBlobsError",
+    "MissingDependencyError",
+    "ModelFailedError",
+    "NoLabError",
+    "NoModelFileError",
+    "NoSpaceError",
+    "NoWorkerError",
+    "NotFoundError",
+    "PayloadTooLargeError",
+    "PortBusyError",
+    "QueueFullError",
+    "RemoteError",
+    "RequestError",
+    "RequestTimeoutError",
+    "ServiceUnavailableError",
+    "StartFailedError",
+    "StoreError",
+    "TetherError",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnknownAliasError",
+    "UnknownFrameworkError",
+    "UnknownModelError",
+    "UnknownVersionError",
+    "UnsupportedError",
+    "UntrustedCodeError",
+    "WorkerLostError",
+    "from_code",
+]
+
+
+class TetherError(Exception):
+    """The root. `args[0]` is the message; further `args` are the data that the leaf documents."""
+
+    code: ClassVar[str] = "error"
+    http_status: ClassVar[int] = 500
+    grpc_status: ClassVar[str] = "UNKNOWN"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.args = args  # OSError keeps two of three for itself
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else self.code
+
+
+class RequestError(TetherError):
+    """The request can't be answered as it stands; mend it and send it again."""
+
+    code = "bad_request"
+    http_status = 400
+    grpc_status = "INVALID_ARGUMENT"
+
+
+class BadNameError(RequestError, ValueError):
+    """A model name, alias or version that does not follow the rules of `ModelRef`."""
+
+    code = "bad_name"
+
+
+class BadInputError(RequestError, ValueError):
+    """An input tensor does not fit the model: name, datatype, rank, size."""
+
+    code = "bad_input"
+
+
+class MalformedRequestError(RequestError, ValueError):
+    """The bytes of a request are not what the protocol allows."""
+
+    code = "malformed_request"
+
+
+class PayloadTooLargeError(RequestError):
+    """The body is over the limit."""
+
+    code = "payload_too_large"
+    http_status = 413
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class HeadersTooLargeError(RequestError):
+    """The headers are over the limit."""
+
+    code = "headers_too_large"
+    http_status = 431
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class RequestTimeoutError(RequestError, TimeoutError):
+    """The client took too long to send its request."""
+
+    code = "request_timeout"
+    http_status = 408
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class NotFoundError(RequestError, LookupError):
+    """Nothing is at this path."""
+
+    code = "not_found"
+    http_status = 404
+    grpc_status = "NOT_FOUND"
+
+
+class UnknownModelError(NotFoundError):
+    """No model of this name that the caller may see."""
+
+    code = "unknown_model"
+
+
+class UnknownVersionError(NotFoundError):
+    """The model has no such version."""
+
+    code = "unknown_version"
+
+
+class UnknownAliasError(NotFoundError):
+    """The model has no such alias."""
+
+    code = "unknown_alias"
+
+
+class MethodNotAllowedError(RequestError):
+    """The path exists, the verb does not."""
+
+    code = "method_not_allowed"
+    http_status = 405
+    grpc_status = "UNIMPLEMENTED"
+
+
+class UnsupportedError(RequestError):
+    """Valid, but not something this server or model does."""
+
+    code = "unsupported"
+    http_status = 501
+    grpc_status = "UNIMPLEMENTED"
+
+
+class UnauthenticatedError(RequestError, PermissionError):
+    """No API key, or not a valid one."""
+
+    code = "unauthenticated"
+    http_status = 401
+    grpc_status = "UNAUTHENTICATED"
+
+
+class ForbiddenError(RequestError, PermissionError):
+    """The caller is known and may not do this."""
+
+    code = "forbidden"
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+
+
+class UntrustedCodeError(ForbiddenError):
+    """The model's format can run code and its publisher is not trusted for code."""
+
+    code = "untrusted_code"
+
+
+class UnknownFrameworkError(RequestError, ValueError):
+    """The framework was not given and can't be told from the files, or is none of ours."""
+
+    code = "unknown_framework"
+
+
+class NoModelFileError(RequestError, FileNotFoundError):
+    """The path does not exist, is empty, or holds no model."""
+
+    code = "no_model_file"
+
+
+class BadModelError(RequestError, ValueError):
+    """The model's files can't be parsed or loaded."""
+
+    code = "bad_model"
+    http_status = 422
+
+
+class ModelFailedError(RequestError, RuntimeError):
+    """The model itself raised on this input."""
+
+    code = "model_failed"
+    http_status = 422
+
+
+class MissingDependencyError(RequestError, ImportError):
+    """A library that the model or the feature needs is not installed; the message says which."""
+
+    code = "missing_dependency"
+    http_status = 424
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class ConflictError(RequestError):
+    """The state of things does not allow it now."""
+
+    code = "conflict"
+    http_status = 409
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class MissingBlobsError(ConflictError):
+    """A manifest names blobs that the store lacks: `args[1]` lists their digests. Upload them, then send the manifest again."""
+
+    code = "missing_blobs"
+
+
+class LabRunningError(ConflictError):
+    """A lab already runs on this data folder."""
+
+    code = "lab_running"
+
+
+class NoLabError(RequestError, LookupError):
+    """No lab runs where one was looked for."""
+
+    code = "no_lab"
+    http_status = 404
+    grpc_status = "NOT_FOUND"
+
+
+class DigestMismatchError(RequestError, ValueError):
+    """Bytes that were sent under a digest they do not have."""
+
+    code = "digest_mismatch"
+
+
+class ConfigError(RequestError, ValueError):
+    """A setting has no valid value."""
+
+    code = "bad_config"
+
+
+class PortBusyError(RequestError, OSError):
+    """A port that was asked for by number is taken; the message names its holder."""
+
+    code = "port_busy"
+    http_status = 409
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class FormatTooNewError(RequestError):
+    """The data folder was written by a newer Tether."""
+
+    code = "format_too_new"
+    http_status = 409
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class UnavailableError(TetherError):
+    """It can't be done now; the same call may work later."""
+
+    code = "unavailable"
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+
+
+class NoWorkerError(UnavailableError):
+    """No worker can hold this model now."""
+
+    code = "no_worker"
+
+
+class WorkerLostError(UnavailableError):
+    """The worker went away before it answered."""
+
+    code = "worker_lost"
+
+
+class LoadFailedError(UnavailableError):
+    """The model could not be brought into memory."""
+
+    code = "load_failed"
+
+
+class QueueFullError(UnavailableError):
+    """More requests wait than the limit allows."""
+
+    code = "queue_full"
+
+
+class DeadlineExceededError(UnavailableError, TimeoutError):
+    """The answer did not come within the caller's deadline."""
+
+    code = "deadline_exceeded"
+    http_status = 504
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class ServiceUnavailableError(UnavailableError, ConnectionError):
+    """A part of the lab (gateway, orchestrator, manager) does not answer."""
+
+    code = "service_unavailable"
+
+
+class StartFailedError(UnavailableError):
+    """The lab, or one of its services, did not come up."""
+
+    code = "start_failed"
+
+
+class NoSpaceError(UnavailableError, OSError):
+    """The disk is full; nothing was changed."""
+
+    code = "no_space"
+    http_status = 507
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class StoreError(UnavailableError, OSError):
+    """The disk or the folder refused an operation of the store (read-only, I/O error)."""
+
+    code = "store_failed"
+
+
+class ChunkMissingError(StoreError):
+    """A blob that a manifest names is not in any pack. `args[1]` is its digest, `args[2]` the zarr path that needed it."""
+
+    code = "chunk_missing"
+
+
+class ChunkAlteredError(StoreError):
+    """A blob's bytes do not have its digest. `args[1]` is the digest, `args[2]` the zarr path that needed it."""
+
+    code = "chunk_altered"
+
+
+class RemoteError(TetherError):
+    """Another party sent something that is not valid; nothing of it was used."""
+
+    code = "remote_error"
+    http_status = 502
+    grpc_status = "ABORTED"
+
+
+class BadSignatureError(RemoteError, ValueError):
+    """A signature does not fit what it signs."""
+
+    code = "bad_signature"
+    http_status = 400
+
+
+class MalformedManifestError(RemoteError, ValueError):
+    """A manifest breaks a rule of the format."""
+
+    code = "malformed_manifest"
+    http_status = 400
+
+
+class InternalError(TetherError):
+    """A bug of ours; the log of the service has the traceback."""
+
+    code = "internal"
+    grpc_status = "INTERNAL"
+
+
+def _leaves(cls: type[TetherError]) -> dict[str, type[TetherError]]:
+    found = {cls.code: cls}
+    for sub in cls.__subclasses__():
+        found |= _leaves(sub)
+    return found
+
+
+def from_code(code: str, *args: Any) -> TetherError:
+    """The error of the tree that has this code; an unknown code (a newer server) becomes a plain `TetherError` that keeps the message."""
+    return _leaves(TetherError).get(code, TetherError)(*args)

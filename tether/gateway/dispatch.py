@@ -1,0 +1,255 @@
+"""From a decoded URL to an answer: resolve the model, pick a worker, send, try again where that is safe, keep the deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+import structlog
+
+from tether.errors import DeadlineExceededError, LoadFailedError, NoWorkerError, TetherError, WorkerLostError, from_code
+from tether.gateway.transport import UnixTransport
+from tether.ports import Hop, HopReply, Management
+from tether.routing.policies import least_outstanding
+from tether.routing.table import Route, Table, VersionEntry
+from tether.types import ModelVersion
+from tether.wire.oip import encode_error
+from tether.wire.ring import Ring
+
+__all__ = ["ControlPlane", "Dispatch"]
+
+log = structlog.get_logger("tether.gateway")
+Done = Callable[[HopReply], None]
+_RING_NBYTES = 256 << 20
+"""Room for a few of the largest bodies; pages are taken only when touched."""
+_ATTEMPTS = 3
+_SETTLE = 5.0
+"""Seconds that an answer about a change waits for the table."""
+_SWEEP = 0.25
+"""Seconds between looks for open requests past their deadline; workers keep deadlines themselves, this is for those that hang."""
+
+
+class ControlPlane(Protocol):
+    """What the gateway needs of the orchestrator."""
+
+    async def want(self, model: ModelVersion) -> tuple[str, str]:
+        """Ask for a version to be loaded: its state after placement, and the reason when it failed.
+
+        Raises: ServiceUnavailableError: the orchestrator does not answer.
+        """
+        ...
+
+    async def status(self) -> dict[str, Any]:
+        """The services of the lab, as `tether status --json` prints them."""
+        ...
+
+
+class _Call:
+    """One request from admission to its reply."""
+
+    __slots__ = ("abandon", "attempts", "avoid", "deadline", "done", "entry", "hop", "name", "version")
+
+    def __init__(self, name: str, version: str | None, hop: Hop, done: Done) -> None:
+        self.name, self.version, self.hop, self.done = name, version, hop, done
+        self.deadline = time.monotonic() + hop.timeout
+        self.attempts = 0
+        self.avoid: list[Route] = []
+        self.abandon: Callable[[], None] | None = None
+        self.entry: VersionEntry | None = None
+
+
+class Dispatch:
+    """Requests of this gateway to workers. Everything runs on one loop; `infer` never blocks."""
+
+    def __init__(self, control: ControlPlane, management: Management) -> None:
+        self.table = Table()
+        self.management = management
+        self._control = control
+        self._ring = _make_ring()
+        self._transports: dict[Route, UnixTransport] = {}
+        self._pending: dict[ModelVersion, deque[_Call]] = {}
+        """Calls that wait for their version to be loaded somewhere."""
+        self._open: set[_Call] = set()
+        self._pushed = asyncio.Event()
+        self._used: set[ModelVersion] = set()
+        """Versions asked for since the start: a new orchestrator is told of them."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def status(self) -> dict[str, Any]:
+        """The services of the lab."""
+        return await self._control.status()
+
+    async def reflects(self, change: int) -> None:
+        """Wait until the table has what the catalog had after `change`, so that who published a model can call it at once.
+
+        Returns all the same after a while: the orchestrator may be away, and the change is durable.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE):
+                while self.table.catalog < change:
+                    self._pushed.clear()
+                    await self._pushed.wait()
+
+    def infer(self, model: str, version: str | None, hop: Hop, done: Done) -> Callable[[], None]:
+        """Answer one request: `done` is called once, on the loop's thread, perhaps before this returns. The result cancels it."""
+        call = _Call(model, version, hop, done)
+        self._open.add(call)
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP, self._sweep)
+        self._attempt(call)
+        return lambda: self._cancel(call)
+
+    def replace_table(self, table: Table) -> None:
+        """A push from the orchestrator."""
+        self.table = table
+        self._pushed.set()
+        live = {route for entry in table.models.values() for version in entry.versions.values() for route in version.routes}
+        for route in [route for route in self._transports if route not in live]:
+            transport = self._transports[route]
+            if transport.closed or transport.in_flight == 0:
+                del self._transports[route]
+                transport.close()
+        waiting, self._pending = self._pending, {}
+        for calls in waiting.values():
+            for call in calls:
+                if call in self._open:
+                    self._attempt(call)
+
+    def used(self) -> list[ModelVersion]:
+        """What a new orchestrator must place again."""
+        return list(self._used)
+
+    def close(self) -> None:
+        """Drop the connections."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for task in self._tasks:
+            task.cancel()
+        for transport in self._transports.values():
+            transport.close()
+
+    def _attempt(self, call: _Call) -> None:
+        try:
+            entry = call.entry = self.table.resolve(call.name, call.version)
+        except TetherError as error:
+            self._fail(call, error)
+            return
+        route = least_outstanding(entry.routes, self._outstanding, call.avoid)
+        if route is None:
+            self._await_placement(call, entry)
+            return
+        call.attempts += 1
+        call.abandon = self._transport(route).send(call.hop, lambda reply: self._replied(call, route, reply))
+
+    def _outstanding(self, route: Route) -> int:
+        transport = self._transports.get(route)
+        return transport.in_flight if transport is not None and not transport.closed else 0
+
+    def _transport(self, route: Route) -> UnixTransport:
+        transport = self._transports.get(route)
+        if transport is None or transport.closed:
+            transport = self._transports[route] = UnixTransport(route.endpoint, self._ring)
+        return transport
+
+    def _replied(self, call: _Call, route: Route, reply: HopReply | None) -> None:
+        if reply is not None:
+            self._finish(call, reply)
+            return
+        entry = call.entry
+        if entry is None or not entry.info.pure:
+            self._fail(
+                call, WorkerLostError("the worker went away; the model is not pure, so only you know whether to send the request again")
+            )
+        elif call.attempts >= _ATTEMPTS:
+            self._fail(call, WorkerLostError(f"{call.attempts} workers went away while they had this request; try again later"))
+        else:
+            call.avoid.append(route)
+            self._retry(call, entry)
+
+    def _retry(self, call: _Call, entry: VersionEntry) -> None:
+        """On another worker at once; if there is no other, when the table changes."""
+        if any(route not in call.avoid for route in entry.routes):
+            self._attempt(call)
+        else:
+            self._pending.setdefault(entry.model, deque()).append(call)
+
+    def _await_placement(self, call: _Call, entry: VersionEntry) -> None:
+        first = entry.model not in self._pending
+        self._pending.setdefault(entry.model, deque()).append(call)
+        self._used.add(entry.model)
+        if first and entry.state != "loading":
+            self._spawn(self._want(entry.model))
+
+    async def _want(self, model: ModelVersion) -> None:
+        try:
+            state, reason = await self._control.want(model)
+        except TetherError as error:
+            self._fail_pending(model, error)
+            return
+        if state == "failed":
+            self._fail_pending(model, _load_error(model, reason))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _fail_pending(self, model: ModelVersion, error: TetherError) -> None:
+        for call in self._pending.pop(model, ()):
+            self._fail(call, error)
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for call in [call for call in self._open if call.deadline < now]:
+            if call.abandon is not None:
+                call.abandon()
+            self._fail(call, self._late(call))
+        self._retry_pending()
+        self._sweeper = asyncio.get_running_loop().call_later(_SWEEP, self._sweep) if self._open else None
+
+    def _retry_pending(self) -> None:
+        """A connection can end while its worker stays in the table: what waits for a change of it tries the same worker again."""
+        for model in [model for model, calls in self._pending.items() if calls[0].entry and calls[0].entry.routes]:
+            for call in self._pending.pop(model):
+                if call in self._open:
+                    self._attempt(call)
+
+    def _late(self, call: _Call) -> TetherError:
+        waited = f"no answer within {call.hop.timeout:g} s"
+        if call.attempts:
+            return DeadlineExceededError(f"{waited}; give a longer timeout or a smaller batch")
+        return NoWorkerError(f"{waited}: no worker holds {call.name!r}; `tether status` shows the workers, `tether logs orchestrator` why")
+
+    def _cancel(self, call: _Call) -> None:
+        if call in self._open:
+            self._open.discard(call)
+            if call.abandon is not None:
+                call.abandon()
+
+    def _fail(self, call: _Call, error: TetherError) -> None:
+        self._finish(call, HopReply(error.http_status, encode_error(error)))
+
+    def _finish(self, call: _Call, reply: HopReply) -> None:
+        if call in self._open:
+            self._open.discard(call)
+            call.done(reply)
+
+
+def _load_error(model: ModelVersion, reason: str) -> TetherError:
+    """What the worker said, as the same error of the tree."""
+    code, _, message = reason.partition(": ")
+    error = from_code(code, f"{model} can't be loaded: {message}")
+    return error if type(error) is not TetherError else LoadFailedError(f"{model} can't be loaded: {reason}")
+
+
+def _make_ring() -> Ring | None:
+    """None where the platform has no memfd: large bodies then travel in frames."""
+    try:
+        return Ring(_RING_NBYTES)
+    except (AttributeError, OSError):
+        return None

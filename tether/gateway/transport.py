@@ -1,0 +1,135 @@
+"""From this gateway to one model of one worker on the same host: frames over a Unix socket, large bodies in the ring (FASTPATH.md §2).
+
+What goes to an endpoint in one tick of the loop leaves in one frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import cast
+
+from tether.ports import Endpoint, Hop, HopReply, OnReply
+from tether.wire.frames import INLINE, FrameReader, FrameWriter
+from tether.wire.ring import RING_FROM_NBYTES, Ring
+
+__all__ = ["UnixTransport"]
+
+_Waiting = tuple[OnReply, int, int]
+"""Whom to tell; ring offset and size of the body, or INLINE."""
+
+
+class UnixTransport(asyncio.BufferedProtocol):
+    """One endpoint. Connects at once in the background; what is sent before is kept until then."""
+
+    def __init__(self, endpoint: Endpoint, ring: Ring | None) -> None:
+        self._endpoint, self._ring = endpoint, ring
+        self._reader, self._writer = FrameReader(), FrameWriter()
+        self._waiting: dict[int, _Waiting] = {}
+        self._next_id = 0
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._due = False
+        self.closed = False
+        self._connecting = self._loop.create_task(self._connect())
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not yet answered."""
+        return len(self._waiting)
+
+    async def _connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.setblocking(False)
+        try:
+            await self._loop.sock_connect(sock, self._endpoint)
+            if self._ring is None:
+                sock.send(b"-")
+            else:
+                socket.send_fds(sock, [b"R"], [self._ring.fd])
+            await self._loop.create_unix_connection(lambda: self, sock=sock)
+        except OSError:
+            sock.close()
+            self._lost()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # of a stream; uvloop's transports are no subclasses of asyncio's
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio's signature)
+        self._lost()
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (asyncio's signature)
+        return self._reader.space()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        frame = self._reader.received(nbytes)
+        for head, payload in frame:
+            waiting = self._waiting.pop(head.id, None)
+            if waiting is None:
+                continue
+            on_reply, offset, size = waiting
+            self._give_back(offset, size)
+            on_reply(HopReply(head.status, bytes(payload), head.header_nbytes))
+        frame.clear()
+        self._reader.release()
+
+    def send(self, hop: Hop, on_reply: OnReply) -> Callable[[], None]:
+        """Send it; never blocks. The returned function abandons it: `on_reply` will not be called any more."""
+        if self.closed:
+            self._loop.call_soon(on_reply, None)
+            return _nothing
+        self._next_id = request_id = (self._next_id + 1) & 0xFFFFFFFF
+        body, offset = hop.body, INLINE
+        if self._ring is not None and len(body) >= RING_FROM_NBYTES:
+            block = self._ring.put(body)
+            offset = INLINE if block is None else block
+        self._waiting[request_id] = (on_reply, offset, len(body))
+        self._writer.request(request_id, body, hop.header_nbytes, min(int(hop.timeout * 1000), 0xFFFFFFFF), offset)
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._flush)
+        return lambda: self._abandon(request_id)
+
+    def _abandon(self, request_id: int) -> None:
+        """The worker may still be reading the body: its block comes back with the reply."""
+        waiting = self._waiting.get(request_id)
+        if waiting is not None:
+            self._waiting[request_id] = (_ignore, waiting[1], waiting[2])
+
+    def _flush(self) -> None:
+        if self._transport is None:
+            return
+        self._due = False
+        if self._writer:
+            for part in self._writer.take():
+                self._transport.write(part)
+
+    def _give_back(self, offset: int, nbytes: int) -> None:
+        if offset != INLINE and self._ring is not None:
+            self._ring.give_back(offset, nbytes)
+
+    def _lost(self) -> None:
+        """Blocks return at once: a dead worker does not read."""
+        self.closed, self._transport = True, None
+        waiting, self._waiting = self._waiting, {}
+        for on_reply, offset, nbytes in waiting.values():
+            self._give_back(offset, nbytes)
+            on_reply(None)
+
+    def close(self) -> None:
+        """Drop the connection; open requests get None."""
+        self._connecting.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+        elif not self.closed:
+            self._lost()
+
+
+def _nothing() -> None:
+    """Nothing to abandon."""
+
+
+def _ignore(_: HopReply | None) -> None:
+    """Nobody waits for this reply any more."""

@@ -1,0 +1,1 @@
+"""Labs: started, found, asked. `lab.py` has `Lab`, `up` and `connect`."""

@@ -1,0 +1,249 @@
+"""The composition root: `Lab`, and the two ways to one: `up()` starts it, `connect()` finds it."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import os
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+from urllib.parse import urlsplit
+
+from tether._version import __version__
+from tether.client.http import HttpClient
+from tether.config import DataFolder
+from tether.errors import LabRunningError, NoLabError, TetherError, UnsupportedError
+from tether.lab import loop
+from tether.lab.launch import Running, UpSettings, launch, running
+from tether.lab.operations import Operations
+from tether.lab.views import Models, Workers
+
+__all__ = ["Lab", "connect", "up"]
+
+KEY_ENV: Final = "TETHER_API_KEY"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_Call = Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]
+
+
+def _waiting(call: _Call[P, T]) -> Callable[Concatenate[Lab, P], T]:
+    """The sync form: same parameters, same documentation, waits."""
+
+    @functools.wraps(call)
+    def method(self: Lab, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return loop.run(call(self.operations, *args, **kwargs))
+
+    return method
+
+
+def _awaited(call: _Call[P, T]) -> Callable[Concatenate[Lab, P], Coroutine[Any, Any, T]]:
+    """The `a…` form: to be awaited in any event loop."""
+
+    @functools.wraps(call)
+    async def method(self: Lab, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await loop.run_async(call(self.operations, *args, **kwargs))
+
+    method.__name__ = method.__qualname__ = f"a{call.__name__}"
+    return method
+
+
+class Lab:
+    """A lab: publish models, run them, look after them. Made by `tether.up()` and `tether.connect()`.
+
+    A context manager, in `with` and in `async with`. Every call has an `a…` form to await. Leaving it closes the connections, and ends
+    the lab if this object started it.
+    """
+
+    def __init__(self, client: HttpClient | None, running: Running | None = None) -> None:
+        """`running` is a lab that this object is to end with itself; None: somebody else's. No `client`: it has no gateway."""
+        self.gateway = None if client is None else client.url
+        self.operations = Operations(client)
+        """The calls themselves, for one who builds on this: coroutines of the background loop."""
+        self._running = running
+        self._process = os.getpid()
+        self._closed = False
+        _remember(self)
+
+    publish = _waiting(Operations.publish)
+    apublish = _awaited(Operations.publish)
+    infer = _waiting(Operations.infer)
+    ainfer = _awaited(Operations.infer)
+    version = _waiting(Operations.version)
+    aversion = _awaited(Operations.version)
+    example = _waiting(Operations.example)
+    aexample = _awaited(Operations.example)
+    alias = _waiting(Operations.alias)
+    aalias = _awaited(Operations.alias)
+    rollback = _waiting(Operations.rollback)
+    arollback = _awaited(Operations.rollback)
+    verify = _waiting(Operations.verify)
+    averify = _awaited(Operations.verify)
+    export = _waiting(Operations.export)
+    aexport = _awaited(Operations.export)
+    trust = _waiting(Operations.trust)
+    atrust = _awaited(Operations.trust)
+    status = _waiting(Operations.status)
+    astatus = _awaited(Operations.status)
+    amodels = _awaited(Operations.models)
+    aworkers = _awaited(Operations.workers)
+
+    @property
+    def models(self) -> Models:
+        """Name → model, live: each look asks the lab. To await: `amodels()`."""
+        return Models(self.operations)
+
+    @property
+    def workers(self) -> Workers:
+        """Name → worker, live. To await: `aworkers()`."""
+        return Workers(self.operations)
+
+    def close(self) -> None:
+        """Close the connections; end the lab if this object started it. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        _open.discard(self)
+        try:
+            loop.run(self.operations.aclose())
+        finally:
+            if self._running is not None and self._process == os.getpid():  # a fork's copy does not own the lab
+                self._running.stop()
+
+    async def aclose(self) -> None:
+        """As `close`."""
+        await asyncio.to_thread(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<Lab at {self.gateway or 'no gateway'}{' (closed)' if self._closed else ''}>"
+
+    def _repr_html_(self) -> str:
+        """Deterministic: the address is left out."""
+        if self._closed:
+            return "<p>A lab, closed</p>"
+        try:
+            return f"<p>A lab</p>{self.models._repr_html_()}"
+        except TetherError:
+            return "<p>A lab, not answering</p>"
+
+
+_open: set[Lab] = set()
+"""Labs that nobody has closed: they are closed when Python ends, so that none outlives the notebook that started it."""
+
+
+def _remember(lab: Lab) -> None:
+    if not _open:
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
+    _open.add(lab)
+
+
+def _close_all() -> None:
+    for lab in tuple(_open):
+        lab.close()
+
+
+def up(
+    workers: int = 2,
+    gateway: bool = True,
+    *,
+    data: str | os.PathLike[str] | None = None,
+    port: int | None = None,
+    gpus: int = 0,
+    pretend_gpus: bool = False,
+) -> Lab:
+    """Start a lab on this machine: scheduler, workers, model manager and gateway. It ends with this process, or when it is closed.
+
+    Where a lab already runs on the data folder (`data`, else `TETHER_HOME`, else the platform's), it attaches to that one and says so.
+
+    Raises: PortBusyError: `port` was asked for and is taken; StartFailedError: a service did not come up; ConfigError.
+    """
+    folder = DataFolder.locate(data)
+    found = running(folder)
+    if found is not None:
+        _check_version(found)
+        where = f" at {found.gateway}" if found.gateway else ""
+        print(f"A lab already runs on {folder.root}: attached to it{where}. Closing this does not stop it.")  # noqa: T201 (says so)
+        return Lab(_client(found))
+    settings = UpSettings(folder, workers=workers, gateway=gateway, port=port, gpus=gpus, pretend_gpus=pretend_gpus)
+    started = launch(settings, bound=True)
+    for note in started.notes:
+        print(note)  # noqa: T201 (a port that was not the usual one: the user must know)
+    return Lab(_client(started), started)
+
+
+def _client(lab: Running) -> HttpClient | None:
+    return HttpClient(lab.gateway, lab.api_key) if lab.gateway else None
+
+
+def _check_version(lab: Running) -> None:
+    if lab.version != __version__:
+        raise LabRunningError(
+            f"a lab of Tether {lab.version} runs on {lab.data.root}, this is {__version__}; "
+            "stop it with `tether down`, or choose another data folder"
+        )
+
+
+def connect(url: str | None = None, api_key: str | None = None, *, data: str | os.PathLike[str] | None = None) -> Lab:
+    """A lab that runs already. Without `url` the one of the data folder; `http(s)://host:port` is a gateway anywhere.
+
+    The key: `api_key`, else `TETHER_API_KEY`, else, for the lab of the data folder, the one that it wrote at its first start.
+
+    Raises: NoLabError: none runs here; ServiceUnavailableError: nothing answers at `url`; UnsupportedError: another kind of address.
+    """
+    if url is not None:
+        _check_scheme(url)
+    folder = DataFolder.locate(data)
+    found = running(folder)
+    lab = Lab(_local(folder, found, api_key) if url is None else HttpClient(url, api_key or _key_for(url, found)))
+    try:
+        loop.run(lab.operations.client.live())
+    except BaseException:
+        lab.close()
+        raise
+    return lab
+
+
+def _local(folder: DataFolder, found: Running | None, api_key: str | None) -> HttpClient:
+    if found is None:
+        raise NoLabError(
+            f"no lab runs on {folder.root}; start one with `tether up` (in a notebook: tether.up()), or pass the url of a gateway"
+        )
+    if found.gateway is None:
+        raise NoLabError(f"the lab on {folder.root} runs without a gateway; start it with one, or pass the url of a gateway")
+    return HttpClient(found.gateway, api_key or os.environ.get(KEY_ENV) or found.api_key)
+
+
+def _key_for(url: str, found: Running | None) -> str | None:
+    """The environment's key; or the local lab's, where `url` is its gateway and nobody else's: a key goes to its own lab only."""
+    local = found is not None and (found.gateway or "").rstrip("/") == url.rstrip("/")
+    return os.environ.get(KEY_ENV) or (found.api_key if found is not None and local else None)
+
+
+_LATER = {
+    "tether": "labs found through Hyperswarm",
+    "tls": "joining a cluster as a member",
+}
+"""Kinds of address that are planned."""
+
+
+def _check_scheme(url: str) -> None:
+    scheme = urlsplit(url).scheme
+    if scheme in _LATER:
+        raise UnsupportedError(f"{scheme}:// addresses ({_LATER[scheme]}) come in a later version; use the http(s):// address of a gateway")
+    if scheme not in {"http", "https"}:
+        raise UnsupportedError(f"{url!r} is no address of a lab; use http://host:port or https://host:port")

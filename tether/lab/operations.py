@@ -1,0 +1,299 @@
+"""Everything one can ask of a lab, written once, asynchronously; `Lab` gives each call a sync and an `a…` form."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from tether.client.exporting import export_files, fetch_file, stored_files
+from tether.client.http import HttpClient
+from tether.client.publishing import EXAMPLE, DraftFile, Source, cut_file, draft, model_sources, publish_draft
+from tether.errors import (
+    BadInputError,
+    NotFoundError,
+    RemoteError,
+    ServiceUnavailableError,
+    TetherError,
+    UnknownAliasError,
+    UnknownVersionError,
+)
+from tether.lab.objects import AliasMove, Model, Status, Verification, Version, WorkerInfo, described
+from tether.lab.tensors import from_npz, named_arrays, to_npz
+from tether.types import Array, InferResponse, ModelRef, Tensors, TensorSpec, model_name
+
+__all__ = ["Operations"]
+
+_EXAMPLE_LIMIT: Final = 1 << 30
+"""Bytes of an example that is brought into memory."""
+
+_SPREAD: Final = 5.0
+"""Seconds after which a publish returns even if the gateway has not heard of it: the version is safe, the orchestrator may be away."""
+_LOOK: Final = 0.02
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    """What the protocol's metadata says and we need."""
+
+    inputs: tuple[TensorSpec, ...]
+
+
+@dataclass(slots=True)
+class _Known:
+    """The inputs of a model, as learnt before its last request."""
+
+    inputs: tuple[TensorSpec, ...]
+    version: int | None = None
+    """That answered the last request; another one may have other inputs."""
+
+
+class Operations:
+    """A lab behind a gateway. Every call raises the errors of the tree, as `HttpClient` has them."""
+
+    def __init__(self, client: HttpClient | None) -> None:
+        """None: the lab was started without a gateway, and no call can be made yet."""
+        self._client = client
+        self._known: dict[str, _Known] = {}
+
+    @property
+    def client(self) -> HttpClient:
+        """Raises: ServiceUnavailableError: the lab has no gateway."""
+        if self._client is None:
+            raise ServiceUnavailableError(
+                "this lab was started without a gateway; start it with tether.up(gateway=True), or `tether gateway`"
+            )
+        return self._client
+
+    async def publish(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        framework: str | None = None,
+        example: Any = None,
+        alias: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Version:
+        """Make a file or folder the next version of a model; the same bytes again give the version that they are already.
+
+        `example` is a dict of arrays, or one array for a model with a single input: it is run once now and kept as the model's
+        self-test, warm-up and day-one call. `alias` names the version, for instance "prod".
+
+        Raises: NoModelFileError: nothing is at `path`; UnknownFrameworkError: the files don't say what they are, pass `framework`;
+            BadModelError: they can't be parsed, or the example fails; UntrustedCodeError, MissingDependencyError.
+        """
+        model_name(name)
+        entry, sources = await asyncio.to_thread(model_sources, path)
+        if example is not None:
+            sources = [*(source for source in sources if source.path != EXAMPLE), Source(EXAMPLE, to_npz(example))]
+        files: list[DraftFile] = [await asyncio.to_thread(cut_file, source) for source in sources]
+        aliases = [] if alias is None else [alias]
+        body = draft(files, entry, framework=framework, aliases=aliases, tags={key: str(value) for key, value in (tags or {}).items()})
+        answer = described(_Published, await publish_draft(self.client, name, body, files))
+        self._known.clear()
+        await self._served(name, answer.version)
+        return await self.version(f"{name}:{answer.version}")
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: int | None = None,
+        outputs: str | Sequence[str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 (it also goes to the gateway, which stops working on what nobody waits for)
+    ) -> Any:
+        """Run a model: numpy in, numpy out. `model` is "digits", "digits:2", "digits@prod"; batch axis first.
+
+        `inputs` is a dict of arrays by name, or one array for a model with a single input; lists, pandas objects and tensors are
+        converted, and numbers cast to the model's type where that loses nothing but precision. The answer is one array where the
+        model has one output or `outputs` names one, else a dict.
+
+        Raises: UnknownModelError, UnknownVersionError, BadInputError, ModelFailedError, NoWorkerError, DeadlineExceededError: `timeout`
+            seconds are over.
+        """
+        return _single((await self.answer(model, inputs, version=version, outputs=outputs, timeout=timeout)).outputs)
+
+    async def answer(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: int | None = None,
+        outputs: str | Sequence[str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 (as above)
+    ) -> InferResponse:
+        """As `infer`, with the outputs' names and the version that answered."""
+        name, number = await self._address(model, version)
+        wanted = [outputs] if isinstance(outputs, str) else outputs
+        known, fresh = await self._inputs(name, number)
+        try:
+            answer = await self.client.infer(name, named_arrays(inputs, known.inputs), version=number, outputs=wanted, timeout=timeout)
+        except (BadInputError, NotFoundError):
+            if fresh or not await self._changed(name, number, known):
+                raise
+            return await self.answer(model, inputs, version=version, outputs=outputs, timeout=timeout)
+        if known.version not in {None, answer.version}:
+            self._known.pop(_key(name, number), None)
+        known.version = answer.version
+        return answer
+
+    async def version(self, model: str) -> Version:
+        """The version that "digits", "digits:2", "digits@prod" or "digits:sha-…" means now."""
+        ref = ModelRef.parse(model)
+        return _chosen(await self.model(_url_name(ref)), ref)
+
+    async def model(self, name: str) -> Model:
+        """One model with all of its versions. Raises: UnknownModelError."""
+        return described(Model, await self.client.model(_url_name(ModelRef.parse(name))))
+
+    async def models(self) -> dict[str, Model]:
+        """Every model that the caller may see, by name."""
+        found = [described(Model, row) for row in await self.client.models()]
+        return {model.name: model for model in sorted(found, key=lambda model: model.name)}
+
+    async def workers(self) -> dict[str, WorkerInfo]:
+        """Every worker, by name."""
+        found = [described(WorkerInfo, row) for row in await self.client.workers()]
+        return {worker.id: worker for worker in sorted(found, key=lambda worker: worker.id)}
+
+    async def status(self) -> Status:
+        """Services, workers and models, now."""
+        return described(Status, await self.client.status())
+
+    async def example(self, model: str) -> Tensors:
+        """The example tensors that were published with a version.
+
+        Raises: NotFoundError: it has none.
+        """
+        version = await self.version(model)
+        files = stored_files((await self._manifest(version))["manifest"])
+        for file in files:
+            if file.path == EXAMPLE:
+                return from_npz(await fetch_file(self.client, file, _EXAMPLE_LIMIT), version.inputs)
+        raise NotFoundError(f"{version} was published without an example; publish it again with one to have it")
+
+    async def alias(self, name: str, alias: str, version: int) -> None:
+        """Let `name@alias` mean this version; "prod" is what the bare name means. Raises: UnknownVersionError, BadNameError."""
+        await self.client.set_alias(name, alias, version)
+        self._known.clear()
+
+    async def rollback(self, name: str, alias: str | None = None) -> AliasMove:
+        """Move an alias ("prod" where there is one, else "latest") back to where it was before.
+
+        Raises: ConflictError: it was never elsewhere.
+        """
+        moved = described(AliasMove, await self.client.rollback(name, alias))
+        self._known.clear()
+        return moved
+
+    async def verify(self, model: str) -> Verification:
+        """Read every byte of a version ("digits:2"), or of all versions ("digits"), and compare it with its digest."""
+        ref = ModelRef.parse(model)
+        bare = ref.version is None and ref.alias is None and ref.sha is None
+        number = None if bare else (await self.version(model)).version
+        return described(Verification, await self.client.verify(_url_name(ref), number))
+
+    async def export(self, model: str, directory: str | os.PathLike[str]) -> Path:
+        """Write a version's files, byte for byte, to a folder that does not exist or is empty. Returns it.
+
+        Raises: ConflictError: the folder holds something; ChunkAlteredError: a blob came with other bytes; nothing is kept then.
+        """
+        manifest = await self._manifest(await self.version(model))
+        return await export_files(self.client, stored_files(manifest["manifest"]), Path(directory))
+
+    async def trust(self, publisher: str, scopes: Sequence[str] = ("code",)) -> None:
+        """Let the holder of a public key publish models that run code here. Only for people whom one would lend the machine."""
+        await self.client.trust(publisher, scopes)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def _served(self, name: str, version: int) -> None:
+        """Wait until the gateway serves what the manager has committed: news of it travels through the orchestrator, some milliseconds."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + _SPREAD
+        while clock() < deadline:
+            try:
+                await self.client.metadata(name, version)
+                return
+            except NotFoundError:
+                await asyncio.sleep(_LOOK)
+
+    async def _manifest(self, version: Version) -> dict[str, Any]:
+        answer = await self.client.manifest(version.name, version.version)
+        if not isinstance(answer.get("manifest"), dict):
+            raise RemoteError(f"the gateway's answer has no manifest of {version}; do its version and this one differ?")
+        return answer
+
+    async def _address(self, model: str, version: int | None) -> tuple[str, int | None]:
+        """The model as a URL names it, and the version's number where it is fixed."""
+        ref = ModelRef.parse(model)
+        if version is not None and (ref.version, ref.alias, ref.sha) != (None, None, None):
+            raise BadInputError(f"{model!r} names a version and version={version} does too; give one of them")
+        if ref.sha is not None:
+            return _url_name(ref), (await self.version(model)).version
+        name = f"{_url_name(ref)}@{ref.alias}" if ref.alias else _url_name(ref)
+        return name, version if version is not None else ref.version
+
+    async def _inputs(self, name: str, version: int | None) -> tuple[_Known, bool]:
+        """What is known of the inputs, and whether it was asked for just now."""
+        key = _key(name, version)
+        known = self._known.get(key)
+        if known is not None:
+            return known, False
+        known = self._known[key] = _Known(await self._asked(name, version))
+        return known, True
+
+    async def _asked(self, name: str, version: int | None) -> tuple[TensorSpec, ...]:
+        sent = await self.client.metadata(name, version)
+        try:
+            return msgspec.convert(sent, _Metadata).inputs
+        except msgspec.ValidationError as error:
+            raise RemoteError(f"the metadata of model {name!r} is not valid: {error}; is it an Open Inference Protocol server?") from error
+
+    async def _changed(self, name: str, version: int | None, known: _Known) -> bool:
+        """Whether the model has other inputs by now than what a refused request was made for."""
+        try:
+            asked = await self._asked(name, version)
+        except TetherError:
+            self._known.pop(_key(name, version), None)
+            return False
+        self._known[_key(name, version)] = _Known(asked)
+        return asked != known.inputs
+
+
+class _Published(msgspec.Struct, frozen=True):
+    version: int
+
+
+def _key(name: str, version: int | None) -> str:
+    return name if version is None else f"{name}:{version}"
+
+
+def _url_name(ref: ModelRef) -> str:
+    return f"{ref.publisher}~{ref.name}" if ref.publisher else ref.name
+
+
+def _single(outputs: Tensors) -> Array | Tensors:
+    return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+
+def _chosen(model: Model, ref: ModelRef) -> Version:
+    number = ref.version or model.default
+    if ref.alias is not None:
+        number = model.aliases.get(ref.alias, 0)
+        if not number:
+            raise UnknownAliasError(f"model {model.name!r} has no alias {ref.alias!r}; it has {', '.join(sorted(model.aliases)) or 'none'}")
+    for version in model.versions:
+        if version.digest.startswith(ref.sha) if ref.sha else version.version == number:
+            return version
+    listed = ", ".join(str(version.version) for version in model.versions) or "none"
+    raise UnknownVersionError(f"{ref} is not found; the model has versions {listed}")

@@ -1,0 +1,78 @@
+"""Which ports a lab gets: the seed ports, else the next free ones."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+
+from tether.errors import PortBusyError
+
+__all__ = ["PortPicker", "bind_exactly", "holder_of"]
+
+_STEP = 10
+"""A second lab on one machine gets 8010, 8011, 8012 …: the same last digits."""
+_TRIES = 200
+
+
+def holder_of(port: int) -> str:
+    """Who listens on a port, for people: `python (pid 123)`, as far as this user may see it."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except psutil.Error:
+        pass
+    return "another program"
+
+
+def _bound(host: str, port: int) -> socket.socket | None:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(1024)  # bind alone succeeds beside a listener that set SO_REUSEADDR on another address
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+def bind_exactly(host: str, port: int) -> socket.socket:
+    """A listening socket on the port that was asked for.
+
+    Raises: PortBusyError: it is taken; the message names the holder.
+    """
+    sock = _bound(host, port)
+    if sock is None:
+        raise PortBusyError(f"port {port} is taken by {holder_of(port)}; stop it, or choose another with --port")
+    return sock
+
+
+class PortPicker:
+    """Gives out free ports near the ones that were wished for, none twice."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._given: set[int] = set()
+        self.notes: list[str] = []
+        """One line for each port that was not the one wished for."""
+
+    def bind(self, name: str, wished: int) -> socket.socket:
+        """A listening socket on `wished` or the next free port."""
+        for port in range(wished, wished + _TRIES * _STEP, _STEP):
+            sock = _bound(self._host, port) if port not in self._given else None
+            if sock is not None:
+                self._given.add(port)
+                if port != wished:
+                    self.notes.append(f"port {wished} is taken by {holder_of(wished)}; {name} uses {port}")
+                return sock
+        raise PortBusyError(f"no free port for {name} from {wished} on in steps of {_STEP}; stop what listens there, or use --port")
+
+    def free(self, name: str, wished: int) -> int:
+        """The number of a free port, for a process that binds it itself."""
+        sock = self.bind(name, wished)
+        try:
+            return int(sock.getsockname()[1])
+        finally:
+            sock.close()

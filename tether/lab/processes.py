@@ -1,0 +1,171 @@
+"""One service process under supervision: start, wait until it answers, start again when it dies, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tether.errors import StartFailedError
+from tether.telemetry.service import LIFELINE_ENV, READY_ENV
+
+__all__ = ["Process", "ServiceSpec"]
+
+_LOG_NBYTES = 10 << 20
+"""A log is put aside at start when it is larger."""
+_BACKOFF = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""Seconds before the next start after n deaths in a row; from the start again once it has lived `_STEADY` seconds."""
+_STEADY = 30.0
+_FIRST_TRIES = 3
+"""Deaths before the first ready line that end the whole start."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSpec:
+    """What to run."""
+
+    name: str
+    role: Literal["gateway", "orchestrator", "manager", "worker"]
+    arguments: Sequence[str]
+    """After `python -m tether`."""
+    inherit: Sequence[int] = ()
+    """Descriptors that the process gets under the same numbers."""
+
+
+class Process:
+    """Keeps one service running until `stop`."""
+
+    def __init__(self, spec: ServiceSpec, log_path: Path, lifeline: int, on_change: Callable[[], None]) -> None:
+        self.spec, self.log_path = spec, log_path
+        self.state: Literal["starting", "running", "restarting", "stopped"] = "starting"
+        self.since = time.time()
+        self.restarts = 0
+        self.facts: dict[str, Any] = {}
+        """What the service said of itself: its address."""
+        self._lifeline, self._on_change = lifeline, on_change
+        self._child: asyncio.subprocess.Process | None = None
+        self._ready = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running process."""
+        return self._child.pid if self._child is not None and self._child.returncode is None else None
+
+    def start(self) -> None:
+        """Begin to keep it running."""
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def ready(self) -> None:
+        """Wait until it has answered once.
+
+        Raises: StartFailedError: it dies again and again; the message ends with its log.
+        """
+        answered = asyncio.ensure_future(self._ready.wait())
+        keeper = self._keeper
+        if keeper is None:
+            raise StartFailedError(f"{self.spec.name} was not started")
+        await asyncio.wait([answered, keeper], return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.is_set():
+            answered.cancel()
+            raise StartFailedError(f"{self.spec.name} does not start; the end of {self.log_path}:\n{self._log_tail()}")
+
+    async def _keep(self) -> None:
+        deaths = 0
+        while not self._stopping.is_set():
+            begun = time.monotonic()
+            await self._run_once()
+            if self._stopping.is_set():
+                break
+            deaths = 0 if time.monotonic() - begun > _STEADY else deaths + 1
+            if not self._ready.is_set() and deaths >= _FIRST_TRIES:
+                break
+            self.restarts += 1
+            self._change("restarting")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _BACKOFF[min(deaths, len(_BACKOFF) - 1)])
+        self._change("stopped")
+
+    async def _run_once(self) -> None:
+        ready_read, ready_write = os.pipe()
+        with _opened(self.log_path) as log_file:
+            environment = os.environ | {READY_ENV: str(ready_write), LIFELINE_ENV: str(self._lifeline), "PYTHONUNBUFFERED": "1"}
+            try:
+                self._child = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "tether",
+                    *self.spec.arguments,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=log_file,
+                    env=environment,
+                    pass_fds=(ready_write, self._lifeline, *self.spec.inherit),
+                    start_new_session=True,  # Ctrl-C in a terminal goes to the supervisor alone, which ends them in order
+                )
+            finally:
+                os.close(ready_write)
+        listening = asyncio.create_task(self._listen(ready_read))
+        try:
+            await self._child.wait()
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+    async def _listen(self, descriptor: int) -> None:
+        """The ready line, or the end of the pipe."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0)
+        )
+        try:
+            line = await reader.readline()
+            if line:
+                self.facts = json.loads(line)
+                self._change("running")
+                self._ready.set()
+        finally:
+            transport.close()
+
+    def _change(self, state: Literal["starting", "running", "restarting", "stopped"]) -> None:
+        self.state, self.since = state, time.time()
+        self._on_change()
+
+    async def stop(self, grace: float) -> None:
+        """SIGTERM, and SIGKILL when it has not ended after `grace` seconds."""
+        self._stopping.set()
+        child, keeper = self._child, self._keeper
+        if keeper is None:
+            return
+        if child is not None and child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(asyncio.shield(keeper), grace)
+        except TimeoutError:
+            if child is not None and child.returncode is None:
+                child.kill()
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+
+    def _log_tail(self) -> str:
+        try:
+            return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-15:])
+        except OSError:
+            return "(no log)"
+
+
+def _opened(path: Path) -> Any:
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > _LOG_NBYTES:
+            path.replace(path.with_name(path.name + ".1"))
+    return path.open("ab")

@@ -1,0 +1,245 @@
+"""The supervisor: starts a lab's services on one machine, restarts what dies, ends them in order, leaves no orphan.
+
+It holds the gateway's listening socket, so that connections wait in its queue while a gateway is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tether._version import __version__
+from tether.config import GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, worker_ports
+from tether.errors import ConfigError, LabRunningError
+from tether.lab.ports import PortPicker, bind_exactly
+from tether.lab.processes import Process, ServiceSpec
+from tether.security.keys import ensure_api_key
+from tether.security.tls import ROLES, ensure_tls
+from tether.telemetry.service import Life
+
+__all__ = ["LAB_FILE", "LOCK_FILE", "UpSettings", "supervise"]
+
+LAB_FILE = "lab.json"
+LOCK_FILE = "lab.lock"
+_STOP_GRACE = 10.0
+_STOP_ORDER = ("gateway", "worker", "manager", "orchestrator")
+"""The door first, then who works behind it: nothing accepted is dropped for want of a worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpSettings:
+    """What `tether up` was asked for."""
+
+    data: DataFolder
+    workers: int = 2
+    gateway: bool = True
+    port: int | None = None
+    """None: the seed port or the next free one; a number: that one or an error."""
+    gpus: int = 0
+    pretend_gpus: bool = False
+    host: str = "127.0.0.1"
+
+
+@contextmanager
+def _only_lab(data: DataFolder) -> Iterator[None]:
+    """Raises: LabRunningError: another supervisor has this data folder."""
+    path = data.run / LOCK_FILE
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise LabRunningError(
+                f"a lab already runs on {data.root} (pid {file.read().strip() or 'unknown'}); "
+                "use it (`tether status`), end it (`tether down`), or choose another folder with --data"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _alone_with_ports(data: DataFolder) -> Iterator[None]:
+    """Between looking for free ports and their services holding them no other lab of this user looks."""
+    with (data.runtime.parent / "ports.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Supervisor:
+    """One lab on this machine."""
+
+    def __init__(self, settings: UpSettings) -> None:
+        self._settings, self._data = settings, settings.data
+        self._picker = PortPicker(settings.host)
+        self._processes: list[Process] = []
+        self._started = time.time()
+        self._gateway: socket.socket | None = None
+        self._ending = False
+        lifeline, self._hold = os.pipe()
+        self._lifeline = lifeline
+
+    @property
+    def url(self) -> str | None:
+        """Where the gateway answers."""
+        if self._gateway is None:
+            return None
+        host, port = self._gateway.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What differs from the default, for people."""
+        return self._picker.notes
+
+    async def start(self) -> None:
+        """Start every service; returns when all answer.
+
+        Raises: StartFailedError, PortBusyError, ConfigError.
+        """
+        for role in ROLES:
+            ensure_tls(self._data.tls, role)
+        ensure_api_key(self._data.api_key)
+        for spec in self._specs():
+            process = Process(spec, self._data.logs / f"{spec.name}.log", self._lifeline, self._write_state)
+            self._processes.append(process)
+            process.start()
+        async with asyncio.TaskGroup() as group:
+            for process in self._processes:
+                group.create_task(process.ready())
+        self._write_state()
+
+    def _specs(self) -> list[ServiceSpec]:
+        settings, root = self._settings, ["--data", str(self._data.root)]
+        if settings.gateway:
+            self._gateway = bind_exactly(settings.host, settings.port) if settings.port else self._picker.bind("gateway", GATEWAY_PORT)
+        orchestrator = self._picker.free("orchestrator", ORCHESTRATOR_PORT)
+        manager = self._picker.free("manager", MANAGER_PORT)
+        address = f"tls://127.0.0.1:{orchestrator}"
+        specs = [
+            ServiceSpec("orchestrator", "orchestrator", ["orchestrator", *root, "--port", str(orchestrator)]),
+            ServiceSpec("manager", "manager", ["manager", address, *root, "--port", str(manager)]),
+        ]
+        for index, wished in enumerate(worker_ports(settings.workers)):
+            port = self._picker.free(f"worker-{index + 1}", wished)
+            name = f"worker-{index + 1}"
+            options = ["--name", name, "--port", str(port), "--gpus", str(self._gpus(index))]
+            specs.append(ServiceSpec(name, "worker", ["worker", address, *root, *options]))
+        if self._gateway is not None:
+            descriptor = self._gateway.fileno()
+            specs.append(ServiceSpec("gateway", "gateway", ["gateway", address, *root, "--fd", str(descriptor)], (descriptor,)))
+        return specs
+
+    def _gpus(self, index: int) -> int:
+        """GPUs are dealt round: worker 1 gets the first."""
+        gpus, workers = self._settings.gpus, self._settings.workers
+        return gpus // workers + (index < gpus % workers)
+
+    async def stop(self) -> None:
+        """End the services in order, each within its time."""
+        self._ending = True
+        for role in _STOP_ORDER:
+            await asyncio.gather(*(process.stop(_STOP_GRACE) for process in self._processes if process.spec.role == role))
+        if self._gateway is not None:
+            self._gateway.close()
+        os.close(self._hold)
+        os.close(self._lifeline)
+        with contextlib.suppress(FileNotFoundError):
+            (self._data.run / LAB_FILE).unlink()
+
+    def description(self) -> dict[str, Any]:
+        """The file that `tether status` and `tether.up()` read; its services are those of DESIGN.md §7."""
+        return {
+            "address": None,
+            "gateway": self.url,
+            "data": str(self._data.root),
+            "pid": os.getpid(),
+            "version": __version__,
+            "started": self._started,
+            "notes": self.notes,
+            "services": [
+                {
+                    "name": process.spec.name,
+                    "role": process.spec.role,
+                    "pid": process.pid or 0,
+                    "address": self.url if process.spec.role == "gateway" else process.facts.get("address", ""),
+                    "state": process.state,
+                    "since": process.since,
+                    "restarts": process.restarts,
+                }
+                for process in self._processes
+            ],
+        }
+
+    def _write_state(self) -> None:
+        if self._ending:
+            return
+        path = self._data.run / LAB_FILE
+        partial = path.with_name(f"{LAB_FILE}.{secrets.token_hex(4)}.partial")
+        partial.write_text(json.dumps(self.description(), indent=1))
+        partial.replace(path)
+
+
+async def _live(settings: UpSettings, announce: Any) -> None:
+    life = Life()
+    life.watch()
+    supervisor = Supervisor(settings)
+    try:
+        with _alone_with_ports(settings.data):
+            ended = asyncio.ensure_future(life.ended())
+            starting = asyncio.ensure_future(supervisor.start())
+            await asyncio.wait([ended, starting], return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                return
+            _raise_first(starting)
+        announce(supervisor)
+        life.ready(**supervisor.description())
+        await ended
+    finally:
+        await supervisor.stop()
+
+
+def _raise_first(starting: asyncio.Future[None]) -> None:
+    """One plain error instead of a group: the first service that did not start is the reason for the others."""
+    try:
+        starting.result()
+    except BaseExceptionGroup as group:
+        leaf: BaseException = group
+        while isinstance(leaf, BaseExceptionGroup):
+            leaf = leaf.exceptions[0]
+        raise leaf from None
+
+
+def supervise(settings: UpSettings, announce: Any = lambda _supervisor: None) -> int:
+    """Run a lab in this process until SIGTERM, SIGINT or the end of its lifeline. `announce` is called once everything answers.
+
+    Raises: LabRunningError, PortBusyError, StartFailedError, ConfigError.
+    """
+    settings.data.create()
+    _check(settings)
+    with _only_lab(settings.data):
+        asyncio.run(_live(settings, announce))
+    return 0
+
+
+def _check(settings: UpSettings) -> None:
+    if settings.workers < 1:
+        raise ConfigError(f"{settings.workers} workers: a lab needs at least one")
+    if settings.gpus and not settings.pretend_gpus and not Path("/dev/nvidiactl").exists():
+        raise ConfigError(
+            f"{settings.gpus} GPUs were asked for, this machine has no NVIDIA driver; --pretend-gpus gives the tag without a card"
+        )

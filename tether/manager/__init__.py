@@ -1,0 +1,1 @@
+"""Models: what is published, inspected, signed, kept; the writer of the store."""

@@ -1,0 +1,145 @@
+"""What a publish is: a draft from a stranger becomes an inspected, tested, signed version, or a clear error and nothing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tether.errors import BadInputError, MalformedManifestError, MalformedRequestError, MissingBlobsError, UntrustedCodeError
+from tether.security.identity import Identity
+from tether.store import FILES, HIDDEN, ArrayEntry, Manifest, Published, Repository, Segment, decode, encode, signed_message
+from tether.types import ModelInfo
+
+__all__ = ["EXAMPLE", "EXPECTED", "Draft", "Publisher", "SignedManifest", "parse_draft"]
+
+EXAMPLE = f"{HIDDEN}/example.npz"
+"""Where a version keeps its example inputs."""
+EXPECTED = f"{HIDDEN}/expected.npz"
+"""Where it keeps what the model answered to them at publish."""
+
+Inspect = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
+"""The sandbox call: path, framework and example in, `{"info": …}` out; example outputs are written beside the example."""
+
+
+class _File(msgspec.Struct):
+    path: str
+    nbytes: int
+    segments: tuple[Segment, ...]
+
+
+class Draft(msgspec.Struct, kw_only=True):
+    """The body of `POST /tether/v1/models/{name}/versions`."""
+
+    files: tuple[_File, ...]
+    entry: str = ""
+    framework: str | None = None
+    aliases: tuple[str, ...] = ()
+    tags: dict[str, str] = {}
+
+
+class SignedManifest(msgspec.Struct, kw_only=True):
+    """The other body: a version that another lab signed."""
+
+    manifest: str
+    """base64 of the canonical bytes."""
+    publisher: str
+    signature: str
+    """hex."""
+    aliases: tuple[str, ...] = ()
+    tags: dict[str, str] = {}
+
+
+def parse_draft(body: Mapping[str, Any]) -> Draft | SignedManifest:
+    """Raises: MalformedRequestError: a field is missing or of the wrong type; UnknownFrameworkError through the runtimes later."""
+    try:
+        if "manifest" in body:
+            return msgspec.convert(body, SignedManifest)
+        return msgspec.convert(body, Draft)
+    except msgspec.ValidationError as error:
+        raise MalformedRequestError(f"publish: {error}; see /docs for the fields") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Publisher:
+    """Publishes into one repository as one identity."""
+
+    repository: Repository
+    identity: Identity
+    inspect: Inspect
+    workspace: Path
+    """Where files are put together for inspection; what a killed manager leaves there is removed at its next start."""
+
+    async def publish(self, name: str, body: Mapping[str, Any]) -> tuple[Published, ModelInfo]:
+        """Raises: what parsing, inspecting and storing raise; nothing was stored then."""
+        draft = parse_draft(body)
+        if isinstance(draft, SignedManifest):
+            return self._adopt(name, draft)
+        arrays = [ArrayEntry(f"{FILES}/{file.path}", "uint8", (file.nbytes,), file.segments) for file in draft.files]
+        self._check_present(arrays)
+        manifest = await self._inspected(draft, arrays)
+        data = encode(manifest)
+        signature = self.identity.sign(signed_message(data))
+        published = self.repository.publish(name, data, self.identity.public, signature, alias=draft.aliases, tags=draft.tags)
+        return published, manifest.info
+
+    def _check_present(self, arrays: list[ArrayEntry]) -> None:
+        missing = self.repository.missing(segment.digest for array in arrays for segment in array.segments)
+        if missing:
+            raise MissingBlobsError(f"{len(missing)} blobs are not here yet; PUT /tether/v1/blobs/<digest>, then send this again", missing)
+
+    async def _inspected(self, draft: Draft, arrays: list[ArrayEntry]) -> Manifest:
+        """Put the files together outside of the cache, look at them in the sandbox, keep what the model answered to its example."""
+        with tempfile.TemporaryDirectory(dir=self.workspace) as folder:
+            root = Path(folder)
+            # the rules of a manifest's paths hold before a byte is written
+            decode(encode(_manifest(draft, arrays, _NOTHING_KNOWN)))
+            for array in arrays:
+                self._assemble(array, root)
+            example = root / EXAMPLE
+            found = await self.inspect(
+                {"path": str(root / draft.entry), "framework": draft.framework, "example": str(example) if example.exists() else None}
+            )
+            expected = root / EXPECTED
+            if expected.exists():
+                arrays = [*arrays, self.repository.add_bytes(EXPECTED, expected.read_bytes())]
+        return _manifest(draft, arrays, msgspec.convert(found["info"], ModelInfo))
+
+    def _assemble(self, array: ArrayEntry, root: Path) -> None:
+        target = root / array.path.removeprefix(f"{FILES}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            for segment in array.segments:
+                data = self.repository.read_draft_blob(segment.digest)
+                file.write(data[segment.offset : segment.offset + segment.nbytes])
+
+    def _adopt(self, name: str, signed: SignedManifest) -> tuple[Published, ModelInfo]:
+        """A version of another lab: as it was signed, byte for byte; code formats only from publishers trusted for code."""
+        try:
+            data, signature = base64.b64decode(signed.manifest, validate=True), bytes.fromhex(signed.signature)
+        except (binascii.Error, ValueError):
+            raise MalformedManifestError("manifest must be base64 and signature hex") from None
+        manifest = decode(data)
+        if manifest.info.code and not self.repository.trusted(signed.publisher, "code"):
+            raise UntrustedCodeError(
+                f"{name} is in a format that can run code ({manifest.info.format}), its publisher is not trusted for code; "
+                f"if you know whose key that is: tether trust {signed.publisher} --code"
+            )
+        published = self.repository.publish(name, data, signed.publisher, signature, alias=signed.aliases, tags=signed.tags)
+        return published, manifest.info
+
+
+_NOTHING_KNOWN = ModelInfo("onnx", "onnx", (), (), batched=False, pure=False, code=False)
+
+
+def _manifest(draft: Draft, arrays: list[ArrayEntry], info: ModelInfo) -> Manifest:
+    ordered = tuple(sorted(arrays, key=lambda array: array.path))
+    if len({array.path for array in ordered}) != len(ordered):
+        raise BadInputError("two files of the draft have the same path; send each file once")
+    return Manifest(framework=info.framework, entry=draft.entry, info=info, arrays=ordered)

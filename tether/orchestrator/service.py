@@ -1,0 +1,42 @@
+"""The orchestrator as a process: a Dask scheduler with Tether's plugin, mutual TLS and Dask's housekeeping turned down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+import dask.config
+from distributed import Scheduler, Security
+
+from tether.config import HOUSEKEEPING, ORCHESTRATOR_PORT, DataFolder
+from tether.orchestrator.preload import dask_setup
+from tether.security.tls import ensure_tls
+from tether.telemetry.service import Life, run_service
+
+__all__ = ["main"]
+
+
+@click.command("orchestrator")
+@click.option("--data", type=click.Path(file_okay=False), help="Data folder of the lab.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=ORCHESTRATOR_PORT, show_default=True)
+def _command(data: str | None, host: str, port: int) -> None:
+    """Run the orchestrator: registry, placement, routing table."""
+    folder = DataFolder.locate(data).create()
+    security = Security(**ensure_tls(folder.tls, "orchestrator").security())
+
+    async def serve(life: Life) -> None:
+        async with Scheduler(
+            host=host, port=port, protocol="tls", security=security, dashboard=False, dashboard_address="127.0.0.1:0"
+        ) as scheduler:
+            await dask_setup(scheduler)
+            life.ready(address=scheduler.address)
+            await life.ended()
+
+    with dask.config.set(HOUSEKEEPING | {"temporary-directory": str(folder.runtime)}):
+        run_service(serve)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of `tether orchestrator`."""
+    _command(list(arguments) if arguments is not None else None)

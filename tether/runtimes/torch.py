@@ -1,0 +1,266 @@
+"""PyTorch models: `.pt2` (torch.export) and TorchScript. Both can run code while they load, so they belong in a runner process."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from tether.errors import BadInputError, BadModelError
+from tether.runtimes import tensors
+from tether.runtimes.signatures import Signature, named
+from tether.types import Array, Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec
+
+__all__ = ["TorchModel", "TorchRuntime"]
+
+_SUFFIXES = (".pt2", ".pt", ".pts", ".pth", ".torchscript")
+_DATATYPES: dict[str, Datatype] = {
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "uint16": "UINT16",
+    "uint32": "UINT32",
+    "uint64": "UINT64",
+    "int8": "INT8",
+    "int16": "INT16",
+    "int32": "INT32",
+    "int64": "INT64",
+    "float16": "FP16",
+    "bfloat16": "BF16",
+    "float32": "FP32",
+    "float64": "FP64",
+}
+_HOW_TO_EXPORT = "export it: torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('n')},)), 'model.pt2')"
+_NEEDS_EXAMPLE = (
+    "TorchScript does not say its shapes and datatypes: publish it with example= (one array for each input), or with a signature "
+    "(.tether/signature.json in its folder); a .pt2 file needs neither"
+)
+
+
+class TorchRuntime:
+    """`.pt2`, `.pt` and `.pts` files, alone or the only one in a folder."""
+
+    framework: ClassVar[Framework] = "torch"
+
+    def recognise(self, path: Path) -> ModelFormat | None:
+        """A pickled `.pt` counts as TorchScript here, so that `inspect` can say how to export it."""
+        file = tensors.only_file(path, _SUFFIXES)
+        if file is None:
+            return None
+        return "pt2" if file.suffix.lower() == ".pt2" or _is_export(file) else "torchscript"
+
+    def inspect(self, path: Path) -> ModelInfo:
+        """Raises: BadModelError: pickled, damaged, or it takes something else than tensors; BadInputError: TorchScript, without hints."""
+        if self.recognise(path) == "torchscript":
+            _check_script(_model_file(path))
+            raise BadInputError(_NEEDS_EXAMPLE)
+        return _Exported(_model_file(path)).info()
+
+    def inspect_hinted(self, path: Path, hints: Signature) -> ModelInfo:
+        """As `inspect`; TorchScript's shapes and datatypes come from the hints, its names from `forward`."""
+        if self.recognise(path) == "pt2":
+            return self.inspect(path)
+        inputs = named(hints.inputs, _script_names(_load_script(_model_file(path)), len(hints.inputs)))
+        together = tensors.batched(inputs, hints.outputs) if hints.outputs else False
+        if hints.batched is not None:
+            together = hints.batched
+        return ModelInfo("torch", "torchscript", inputs, hints.outputs, batched=together, pure=False, code=True)
+
+    def warm(self) -> None:
+        """Take a tiny model through export and load: a thousand modules are imported by the first one only (2 s)."""
+        torch = _library()
+        file = io.BytesIO()
+        torch.export.save(torch.export.export(torch.nn.Identity(), (torch.zeros(1),)), file)
+        file.seek(0)
+        torch.export.load(file).module()
+
+    def load(self, path: Path, info: ModelInfo, threads: int = 1) -> TorchModel:
+        """Raises: BadModelError, MissingDependencyError. `threads` holds for the whole process: torch has no other bound."""
+        torch = _library()
+        torch.set_num_threads(threads)
+        file = _model_file(path)
+        if info.format == "pt2":
+            return TorchModel(info, _Exported(file).callable())
+        module = _load_script(file)
+        return TorchModel(info, lambda arrays: _script_outputs(module(*arrays)))
+
+
+class TorchModel:
+    """A module in memory, on the graphics card where there is one."""
+
+    def __init__(self, info: ModelInfo, call: Callable[[list[Any]], Mapping[str, Any]]) -> None:
+        self.info = info
+        self._call: Callable[[list[Any]], Mapping[str, Any]] | None = call
+        self._torch = _library()
+        self._device = _device(self._torch)
+
+    def run(self, inputs: Tensors) -> Tensors:
+        """Raises: ModelFailedError."""
+        with tensors.failures("the model failed"), self._torch.inference_mode():
+            if self._call is None:
+                raise RuntimeError("it is closed")
+            values = [_to_torch(self._torch, inputs[spec.name], self._device) for spec in self.info.inputs]
+            outputs = {name: _to_numpy(self._torch, value) for name, value in self._call(values).items()}
+        return tensors.conform(outputs, self.info.outputs)
+
+    def close(self) -> None:
+        """Drop the module and give its memory back, the card's too."""
+        if self._call is not None:
+            self._call = None
+            tensors.release_memory()
+            if self._device != "cpu":
+                self._torch.cuda.empty_cache()
+
+
+class _Exported:
+    """A loaded `.pt2` file. Its flat inputs and outputs are put in the order and nesting that it was exported with."""
+
+    def __init__(self, file: Path) -> None:
+        torch = _library()
+        with tensors.failures(f"{file.name} can't be loaded by torch.export", BadModelError):
+            self._program = torch.export.load(file)
+        self._tree = torch.utils._pytree  # noqa: SLF001 (torch.export's own in_spec and out_spec are its types)
+        signature = self._program.graph_signature
+        self._names: list[Any] = list(signature.user_inputs)
+        values = {node.name: node.meta.get("val") for node in self._program.graph.nodes}
+        self._inputs = [(name, values[name]) for name in self._names if isinstance(values.get(name), torch.Tensor)]
+        answers = [values.get(name) for name in signature.user_outputs]
+        self._outputs = list(zip(self._output_names(len(answers)), answers, strict=True))
+        self._plain = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+        if not all(isinstance(value, torch.Tensor) for value in answers):
+            raise BadModelError(f"{file.name} answers something else than tensors; return a tensor, a tuple or a dict of tensors")
+
+    def info(self) -> ModelInfo:
+        inputs = tuple(_spec(name, value) for name, value in self._inputs)
+        outputs = tuple(_spec(name, value) for name, value in self._outputs)
+        firsts = {str(value.shape[0]) for _, value in (*self._inputs, *self._outputs) if value.dim()}
+        together = tensors.batched(inputs, outputs) and len(firsts) == 1
+        signature = self._program.graph_signature
+        pure = not signature.buffers_to_mutate and not signature.user_inputs_to_mutate
+        return ModelInfo("torch", "pt2", inputs, outputs, batched=together, pure=pure, code=True)
+
+    def callable(self) -> Callable[[list[Any]], Mapping[str, Any]]:
+        torch = _library()
+        device = _device(torch)
+        if device != "cpu":
+            from torch.export.passes import move_to_device_pass  # heavy
+
+            self._program = move_to_device_pass(self._program, device)
+        module, in_spec, tree = self._program.module(), self._program.call_spec.in_spec, self._tree
+        given, names = [name for name, _ in self._inputs], [name for name, _ in self._outputs]
+        flat = [(name if name in self._plain or name in given else None, name) for name in self._names]
+        plain = self._plain
+
+        def call(arrays: list[Any]) -> Mapping[str, Any]:
+            by_name = dict(zip(given, arrays, strict=True))
+            leaves = [by_name.get(name, plain.get(name)) if known else name for known, name in flat]
+            args, kwargs = tree.tree_unflatten(leaves, in_spec)
+            return dict(zip(names, tree.tree_leaves(module(*args, **kwargs)), strict=True))
+
+        self._program = None  # the module has the weights; the program's own copy of the graph can go
+        return call
+
+    def _output_names(self, count: int) -> list[str]:
+        """A flat dict's keys, else `output_0` …"""
+        spec = self._program.call_spec.out_spec
+        keys = [str(key) for key in spec.context] if spec.type is dict else []
+        return keys if len(keys) == count else [f"output_{index}" for index in range(count)]
+
+
+def _library() -> Any:
+    try:
+        import torch  # heavy (2 s)
+        import torch.export
+        import torch.utils._pytree
+    except ImportError as error:
+        raise tensors.missing("torch", "torch", error) from error
+    return torch
+
+
+def _device(torch: Any) -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _model_file(path: Path) -> Path:
+    file = tensors.only_file(path, _SUFFIXES)
+    if file is None:
+        raise BadModelError(f"{path.name}: has to be one .pt2 or TorchScript file, or a folder with exactly one")
+    return file
+
+
+def _entries(file: Path) -> list[str]:
+    """Names in the zip file, without its first folder; none where it is no zip file."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return [name.partition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError):
+        return []
+
+
+def _is_export(file: Path) -> bool:
+    return "archive_format" in _entries(file)
+
+
+def _check_script(file: Path) -> None:
+    entries = _entries(file)
+    if any(name.startswith("code/") for name in entries):
+        return
+    if "data.pkl" in entries or file.read_bytes()[:1] == b"\x80":  # pickle protocol ≥ 2
+        raise BadModelError(f"{file.name} is a pickle (torch.save of a module or its weights), which is never loaded; {_HOW_TO_EXPORT}")
+    raise BadModelError(f"{file.name} is neither TorchScript nor a .pt2 file, or it is damaged; {_HOW_TO_EXPORT}")
+
+
+def _load_script(file: Path) -> Any:
+    _check_script(file)
+    torch = _library()
+    with tensors.failures(f"{file.name} can't be loaded by torch.jit", BadModelError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)  # users still have such files
+        return torch.jit.load(str(file), map_location=_device(torch))
+
+
+def _script_names(module: Any, given: int) -> list[str]:
+    """The names of `forward`'s arguments; the last ones may be left out where they have defaults."""
+    arguments = module.forward.schema.arguments[1:]
+    required = [argument for argument in arguments if not argument.has_default_value()]
+    count = min(max(given, len(required)), len(arguments))
+    chosen = arguments[:count]
+    wrong = [argument.name for argument in chosen if "Tensor" not in str(argument.type)]
+    if wrong:
+        raise BadModelError(f"forward takes {', '.join(wrong)}, which are no tensors; wrap the module so that it takes tensors only")
+    return [argument.name for argument in chosen]
+
+
+def _script_outputs(answer: Any) -> Mapping[str, Any]:
+    if isinstance(answer, Mapping):
+        return {str(name): value for name, value in answer.items()}
+    values: Sequence[Any] = answer if isinstance(answer, (tuple, list)) else [answer]
+    return {f"output_{index}": value for index, value in enumerate(values)}
+
+
+def _spec(name: str, value: Any) -> TensorSpec:
+    kind = str(value.dtype).removeprefix("torch.")
+    if kind not in _DATATYPES:
+        raise BadModelError(f"{name!r} has dtype {kind}, which the inference protocol lacks; cast it in forward()")
+    return TensorSpec(name, _DATATYPES[kind], tuple(size if isinstance(size, int) else -1 for size in value.shape))
+
+
+def _to_torch(torch: Any, array: Array, device: str) -> Any:
+    # torch.from_numpy warns of arrays it may not write to, and knows no bfloat16
+    source = array if array.flags.writeable else array.copy()
+    tensor = (
+        torch.from_numpy(source.view(np.int16)).view(torch.bfloat16) if source.dtype == ml_dtypes.bfloat16 else torch.from_numpy(source)
+    )
+    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _to_numpy(torch: Any, value: Any) -> Array:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"it answered a {type(value).__name__}, not a tensor")
+    tensor = value.detach().cpu().contiguous()
+    array: Array = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return array

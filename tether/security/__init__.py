@@ -1,0 +1,1 @@
+"""Keys, certificates and identity: what proves who somebody is."""

@@ -1,0 +1,227 @@
+"""Pure: the manifest of a version: what it says, its canonical bytes, its rules, its signature's message."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+from blake3 import blake3
+
+from tether.errors import MalformedManifestError
+from tether.store.layout import BLOB_NBYTES, DTYPES, FILES, path_problem
+from tether.types import Digest, Framework, ModelInfo
+
+__all__ = ["FORMAT", "MAX_NBYTES", "ArrayEntry", "Manifest", "Segment", "decode", "digest_of", "encode", "is_digest", "signed_message"]
+
+FORMAT = 1
+MAX_NBYTES = 64 * 1024 * 1024
+"""Bound before parsing: half a million segments, 2 TB of model."""
+_MAX_ARRAYS = 100_000
+"""A version's arrays are listed, made into folders and zarr nodes: a bound on the work that a stranger's manifest may ask for."""
+_MAX_DIMENSIONS = 32
+_MAX_ARRAY_NBYTES = 1 << 50
+_MAX_DEPTH = 32
+"""Nesting of `attributes`."""
+_SIGNED_PREFIX = b"tether manifest v1\x00"
+"""Sets signatures of manifests apart from all else that the same key signs."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_GROUPS = (FILES, "tensors")
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """A range of a blob."""
+
+    digest: Digest
+    offset: int
+    nbytes: int
+
+
+class ArrayEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One array: its bytes are its segments, one after the other. A file is a flat uint8 array at `files/<relative path>`."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return DTYPES[self.dtype] * math.prod(self.shape)
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All that makes a version. No name, number or time: the same bytes have the same digest wherever and whenever they are published."""
+
+    framework: Framework
+    entry: str
+    """Relative path of the file or folder that the runtime loads; "" is the whole folder."""
+    info: ModelInfo
+    arrays: tuple[ArrayEntry, ...]
+    """Sorted by path."""
+    attributes: dict[str, Any] = {}
+    """JSON: provenance, names of the examples."""
+    format: int = FORMAT
+
+    @property
+    def nbytes(self) -> int:
+        """Sum of the files' sizes."""
+        return sum(array.nbytes for array in self.files())
+
+    def files(self) -> Iterator[ArrayEntry]:
+        return (array for array in self.arrays if array.path.startswith(FILES + "/"))
+
+    def blobs(self) -> list[Digest]:
+        """Every blob once, in the order of the files."""
+        return list(dict.fromkeys(segment.digest for array in self.arrays for segment in array.segments))
+
+
+class _Head(msgspec.Struct):
+    format: int
+
+
+_decoder = msgspec.json.Decoder(Manifest, strict=True)
+_head = msgspec.json.Decoder(_Head, strict=True)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The canonical bytes: JSON, keys and arrays sorted, no blanks.
+
+    Raises: MalformedManifestError: it breaks a rule of the format.
+    """
+    manifest = msgspec.structs.replace(manifest, arrays=tuple(sorted(manifest.arrays, key=lambda array: array.path)))
+    _check(manifest)
+    try:
+        data = _canonical(manifest)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MalformedManifestError(f"the manifest can't be written as JSON: {error}") from None
+    if len(data) > MAX_NBYTES:
+        raise MalformedManifestError(f"the manifest is over {MAX_NBYTES} bytes: publish the model in fewer or smaller files")
+    return data
+
+
+def decode(data: bytes) -> Manifest:
+    """The manifest that `encode` gave `data` for.
+
+    Raises: MalformedManifestError: too long, not JSON, not canonical, of another format, or breaking a rule of it.
+    """
+    if len(data) > MAX_NBYTES:
+        raise MalformedManifestError(f"the manifest has {len(data)} bytes; at most {MAX_NBYTES} are allowed")
+    try:
+        number = _head.decode(data).format
+        if number != FORMAT:
+            raise MalformedManifestError(f"the manifest has format {number}; this Tether understands {FORMAT}: update it")
+        manifest = _decoder.decode(data)
+        canonical = _canonical(manifest)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, MalformedManifestError):
+            raise
+        raise MalformedManifestError(f"the manifest can't be read: {error}; publish it again with this version of Tether") from None
+    _check(manifest)
+    if canonical != data:
+        raise MalformedManifestError("the manifest is not in canonical form (sorted keys, no blanks): make it with `encode`")
+    return manifest
+
+
+def digest_of(data: bytes) -> Digest:
+    """BLAKE3 of `data`, as 64 hex digits."""
+    return Digest(blake3(data).hexdigest())
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
+def signed_message(data: bytes) -> bytes:
+    """What a publisher signs for the manifest whose canonical bytes are `data`."""
+    return _SIGNED_PREFIX + data
+
+
+def _canonical(manifest: Manifest) -> bytes:
+    return msgspec.json.encode(manifest, order="sorted")
+
+
+def _check(manifest: Manifest) -> None:
+    """Raises: MalformedManifestError: naming the first rule that is broken."""
+    if manifest.format != FORMAT:
+        raise _malformed(f"format {manifest.format} is not {FORMAT}")
+    if manifest.info.framework != manifest.framework:
+        raise _malformed(f"framework {manifest.framework!r} but info.framework {manifest.info.framework!r}")
+    if not 0 < len(manifest.arrays) <= _MAX_ARRAYS:
+        raise _malformed(f"{len(manifest.arrays)} arrays: 1 to {_MAX_ARRAYS} are allowed")
+    for array in manifest.arrays:
+        _check_array(array)
+    _check_tree([array.path for array in manifest.arrays])
+    _check_entry(manifest)
+    _check_json(manifest.attributes, _MAX_DEPTH)
+
+
+def _check_array(array: ArrayEntry) -> None:
+    name = array.path[:200]
+    group, slash, rest = array.path.partition("/")
+    problem = path_problem(array.path)
+    if problem or group not in _GROUPS or not slash or not rest:
+        raise _malformed(f"array path {name!r} {problem or 'is neither under files/ nor under tensors/'}")
+    if array.dtype not in DTYPES:
+        raise _malformed(f"array {name!r} has dtype {array.dtype[:40]!r}; known are {', '.join(DTYPES)}")
+    if len(array.shape) > _MAX_DIMENSIONS or not all(0 <= extent < _MAX_ARRAY_NBYTES for extent in array.shape):
+        raise _malformed(f"array {name!r} has an impossible shape")
+    if group == FILES and (array.dtype != "uint8" or len(array.shape) != 1):
+        raise _malformed(f"file {name!r} must be a flat uint8 array")
+    for segment in array.segments:
+        _check_segment(segment, name)
+    if array.nbytes > _MAX_ARRAY_NBYTES or sum(segment.nbytes for segment in array.segments) != array.nbytes:
+        raise _malformed(f"array {name!r}: its segments do not add up to the size of its shape")
+
+
+def _check_segment(segment: Segment, name: str) -> None:
+    if not is_digest(segment.digest):
+        raise _malformed(f"array {name!r} has a segment whose digest is not 64 hex digits")
+    if segment.offset < 0 or segment.nbytes <= 0 or segment.offset + segment.nbytes > BLOB_NBYTES:
+        raise _malformed(f"array {name!r} has a segment outside of its blob")
+
+
+def _check_tree(paths: list[str]) -> None:
+    """Each path once, in order, and none both an array and a folder of arrays."""
+    for before, after in pairwise(paths):
+        if before >= after:
+            raise _malformed(f"array path {after[:200]!r} is given twice or out of order")
+    known = set(paths)
+    for path in paths:
+        parent = path.rpartition("/")[0]
+        while parent:
+            if parent in known:
+                raise _malformed(f"array path {parent[:200]!r} is also the folder of {path[:200]!r}")
+            parent = parent.rpartition("/")[0]
+
+
+def _check_entry(manifest: Manifest) -> None:
+    if not manifest.entry:
+        return
+    path = f"{FILES}/{manifest.entry}"
+    if path_problem(path) or not any(array.path == path or array.path.startswith(path + "/") for array in manifest.arrays):
+        raise _malformed(f"entry {manifest.entry[:200]!r} is not one of the files")
+
+
+def _check_json(value: object, depth: int) -> None:
+    match value:
+        case None | bool() | str():
+            return
+        case int() if -(1 << 63) <= value < 1 << 63:
+            return
+        case float() if math.isfinite(value):
+            return
+        case dict() | list() | tuple() if depth > 0:
+            if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+                raise _malformed("attributes have a key that is not text")
+            for item in value.values() if isinstance(value, dict) else value:
+                _check_json(item, depth - 1)
+        case _:
+            raise _malformed(f"attributes hold a {type(value).__name__} that JSON can't keep, or nest deeper than {_MAX_DEPTH}")
+
+
+def _malformed(reason: str) -> MalformedManifestError:
+    return MalformedManifestError(f"malformed manifest: {reason}")

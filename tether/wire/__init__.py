@@ -1,0 +1,1 @@
+"""Pure: bytes ↔ types, shared by gateway, worker and client."""

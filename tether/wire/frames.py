@@ -1,0 +1,141 @@
+"""Pure: the frames of the hop between a gateway and a model of a worker (FASTPATH.md §2). Many requests or replies travel in one frame.
+
+    frame  = u32 nbytes after this field | u32 count | count heads | count payloads, each padded to 8
+    head   = u32 id | u16 status | u16 reserved | u32 payload nbytes | u32 JSON header nbytes | u32 ring offset | u32 timeout in ms
+
+Little endian.  `status` is 0 in a request and an HTTP status in a reply; a payload in the ring (offset other than INLINE) is not in the
+frame.  A reply with the request's id also gives its ring block back.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+__all__ = ["INLINE", "Frame", "FrameReader", "FrameWriter", "Head"]
+
+_TOP = struct.Struct("<II")
+_HEAD = struct.Struct("<IHHIIII")
+_PADDING = tuple(b"\0" * (-size % 8) for size in range(8))
+INLINE = 0xFFFFFFFF
+"""Ring offset of a payload that stands in the frame itself."""
+_READ_NBYTES = 1 << 18
+_JOIN_NBYTES = 256 * 1024
+"""Below this one `join` and one write beat a list of buffers (measured: FASTPATH.md §2)."""
+
+
+class Head(NamedTuple):
+    """One request or reply of a frame."""
+
+    id: int
+    status: int
+    reserved: int
+    nbytes: int
+    header_nbytes: int
+    offset: int
+    timeout_ms: int
+
+
+Frame = list[tuple[Head, memoryview]]
+"""Heads with their payloads; the payload of a head in the ring is empty. Valid until `FrameReader.release`."""
+
+
+class FrameReader:
+    """Cuts what a socket receives into frames. One buffer, reused: copy what must outlive `release`."""
+
+    __slots__ = ("_buffer", "_consumed", "_used", "_view", "_want")
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(_READ_NBYTES)
+        self._view = memoryview(self._buffer)
+        self._used = 0
+        self._want = 0
+        self._consumed = 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes of the socket go; never empty."""
+        if len(self._buffer) - self._used < _READ_NBYTES // 4 or self._want > len(self._buffer):
+            self._grow(max(2 * len(self._buffer), self._want))
+        return self._view[self._used :]
+
+    def received(self, nbytes: int) -> Frame:
+        """All heads of the frames that `nbytes` more bytes completed, with their payloads."""
+        self._used += nbytes
+        found: Frame = []
+        start, view, used = 0, self._view, self._used
+        while used - start >= _TOP.size:
+            length, count = _TOP.unpack_from(view, start)
+            end = start + 4 + length
+            if used < end:
+                self._want = 4 + length
+                break
+            _cut(view, start + _TOP.size, count, found)
+            start = end
+        self._consumed = start
+        return found
+
+    def release(self) -> None:
+        """The frames of the last `received` are done with: their bytes may be overwritten."""
+        start, self._consumed = self._consumed, 0
+        if start:
+            rest = self._used - start
+            if rest:
+                self._view[:rest] = bytes(self._view[start : self._used])
+            self._used, self._want = rest, 0
+
+    def _grow(self, nbytes: int) -> None:
+        grown = bytearray(nbytes)
+        grown[: self._used] = self._view[: self._used]
+        self._buffer, self._view = grown, memoryview(grown)
+
+
+def _cut(view: memoryview, start: int, count: int, found: Frame) -> None:
+    payload = start + _HEAD.size * count
+    for fields in _HEAD.iter_unpack(view[start:payload]):
+        head = Head._make(fields)
+        if head.offset == INLINE:
+            found.append((head, view[payload : payload + head.nbytes]))
+            payload += (head.nbytes + 7) & ~7
+        else:
+            found.append((head, view[:0]))
+
+
+class FrameWriter:
+    """Collects heads and payloads until `take` turns them into one frame."""
+
+    __slots__ = ("_heads", "_nbytes", "_payloads")
+
+    def __init__(self) -> None:
+        self._heads: list[bytes] = []
+        self._payloads: list[bytes] = []
+        self._nbytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._heads)
+
+    def request(self, request_id: int, body: bytes, header_nbytes: int, timeout_ms: int, offset: int = INLINE) -> None:
+        """Add a request; with a ring offset the body is in the ring already and only its size travels."""
+        self._heads.append(_HEAD.pack(request_id, 0, 0, len(body), header_nbytes, offset, timeout_ms))
+        if offset == INLINE:
+            self._add(body)
+
+    def reply(self, request_id: int, status: int, body: bytes, header_nbytes: int) -> None:
+        """Add a reply."""
+        self._heads.append(_HEAD.pack(request_id, status, 0, len(body), header_nbytes, INLINE, 0))
+        self._add(body)
+
+    def _add(self, body: bytes) -> None:
+        self._payloads.append(body)
+        padding = _PADDING[len(body) & 7]
+        if padding:
+            self._payloads.append(padding)
+        self._nbytes += len(body) + len(padding)
+
+    def take(self) -> list[bytes]:
+        """The frame, as few buffers, in order; the writer is empty afterwards."""
+        heads, payloads = self._heads, self._payloads
+        top = _TOP.pack(4 + _HEAD.size * len(heads) + self._nbytes, len(heads))
+        parts = [top, *heads, *payloads]
+        small = self._nbytes < _JOIN_NBYTES
+        self._heads, self._payloads, self._nbytes = [], [], 0
+        return [b"".join(parts)] if small else parts

@@ -1,0 +1,1 @@
+"""The data plane: models in memory, batches, answers."""

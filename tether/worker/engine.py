@@ -1,0 +1,98 @@
+"""load → batch → run → answer: the models of one worker. Owns their threads; Dask's side only calls in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from tether.errors import LoadFailedError, TetherError
+from tether.ports import LoadedModel
+from tether.types import ModelInfo, ModelVersion
+from tether.worker.serving import ModelServer, ServingStats
+
+__all__ = ["Engine", "Source"]
+
+log = structlog.get_logger("tether.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a version is loaded from: verified files on this host."""
+
+    path: Path
+    info: ModelInfo
+
+
+class Engine:
+    """The models in this worker's memory.
+
+    `fetch` gives the verified files of a version and `load` brings them into memory; both block.  `sockets` is a folder with a short path.
+    """
+
+    def __init__(
+        self,
+        sockets: Path,
+        fetch: Callable[[ModelVersion], Source],
+        load: Callable[[Source], LoadedModel],
+        max_rows: int = 32,
+    ) -> None:
+        self._sockets, self._fetch, self._load, self._max_rows = sockets, fetch, load, max_rows
+        self._servers: dict[ModelVersion, ModelServer] = {}
+        self._loading: dict[ModelVersion, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._started = 0
+
+    def load(self, model: ModelVersion) -> str:
+        """Bring the version into memory, once for all who ask at the same time; the endpoint where it answers. Blocks.
+
+        Raises: TetherError: what fetching or loading raised; LoadFailedError: anything else.
+        """
+        with self._lock:
+            turn = self._loading.setdefault(model, threading.Lock())
+        with turn:
+            server = self._servers.get(model)
+            if server is None:
+                server = self._start(model)
+            return str(server.endpoint)
+
+    def _start(self, model: ModelVersion) -> ModelServer:
+        try:
+            loaded = self._load(self._fetch(model))
+        except TetherError:
+            raise
+        except Exception as error:
+            log.exception("load failed", model=str(model))
+            raise LoadFailedError(f"{model}: {type(error).__name__}: {error}") from error
+        with self._lock:
+            self._started += 1
+            endpoint = self._sockets / f"{model.digest[:12]}-{self._started}.sock"
+        server = ModelServer(model, loaded, endpoint, self._max_rows)
+        server.start()
+        self._servers[model] = server
+        log.info("model loaded", model=str(model), digest=model.digest)
+        return server
+
+    def unload(self, model: ModelVersion) -> bool:
+        """Answer what has arrived, then free the version; False if it was not loaded. Blocks."""
+        with self._lock:
+            turn = self._loading.setdefault(model, threading.Lock())
+        with turn:
+            server = self._servers.pop(model, None)
+            if server is None:
+                return False
+            server.stop()
+            log.info("model unloaded", model=str(model))
+            return True
+
+    def models(self) -> dict[ModelVersion, ServingStats]:
+        """What is in memory and what each has done so far."""
+        return {model: server.stats for model, server in list(self._servers.items())}
+
+    def close(self) -> None:
+        """Unload everything."""
+        for model in list(self._servers):
+            self.unload(model)

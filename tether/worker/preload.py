@@ -1,0 +1,29 @@
+"""`dask worker --preload tether.worker.preload`: makes a Dask worker one of Tether's; refuses one without mutual TLS."""
+
+from __future__ import annotations
+
+import sys
+
+import dask.config
+from distributed import Worker
+
+from tether.config import DataFolder
+from tether.worker.plugin import EnginePlugin
+from tether.worker.service import make_engine
+
+__all__ = ["dask_setup"]
+
+_ADVICE = (
+    "tether: this worker does not require TLS, so anyone who reaches its port could run code in it.\n"
+    "Start it with `tether worker tls://HOST:8002`, or give `dask worker` a tls:// scheduler, --tls-ca-file, --tls-cert and --tls-key\n"
+    "and set DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION=True."
+)
+
+
+async def dask_setup(worker: Worker) -> None:
+    """Install the engine. Exits with 2 when the worker would accept unencrypted peers."""
+    if not worker.security.require_encryption:
+        sys.stderr.write(_ADVICE + "\n")
+        raise SystemExit(2)
+    folder = DataFolder.locate(dask.config.get("tether.data", None)).create()
+    await worker.plugin_add(plugin=EnginePlugin(make_engine(folder, str(worker.name), worker.state.nthreads)))

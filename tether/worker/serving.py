@@ -1,0 +1,273 @@
+"""One model version on its own Unix socket, served by one plain thread.
+
+While the runtime runs a batch the GIL is free and requests pile up in the socket; the next turn takes them all.  So batches form with no
+timer and no added wait, and models do not block each other (FASTPATH.md §3: best or tied in every cell against event-loop variants).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from tether.errors import DeadlineExceededError, InternalError, ModelFailedError, TetherError, WorkerLostError
+from tether.ports import LoadedModel
+from tether.types import InferRequest, ModelVersion, Tensors
+from tether.wire.frames import INLINE, FrameReader, FrameWriter, Head
+from tether.wire.oip import decode_request, encode_error, encode_response
+from tether.wire.ring import RingView
+from tether.worker.batching import Rows, join_inputs, next_batch, rows_of, split_outputs
+
+__all__ = ["ModelServer", "ServingStats"]
+
+log = structlog.get_logger("tether.worker")
+
+
+@dataclass(slots=True)
+class ServingStats:
+    """Running totals of one model; written by its thread, read by the heartbeat."""
+
+    requests: int = 0
+    failures: int = 0
+    batches: int = 0
+    rows: int = 0
+    busy: float = 0.0
+    """Seconds spent inside the runtime."""
+    waiting: int = 0
+    """Requests decoded and not yet run."""
+
+
+class _Connection:
+    """One gateway's connection: its frames in, its replies out, its ring."""
+
+    __slots__ = ("closed", "reader", "ring", "socket", "writer")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket, self.reader, self.writer = sock, FrameReader(), FrameWriter()
+        self.ring = _receive_ring(sock)
+        self.closed = False
+
+    def receive(self) -> list[tuple[Head, memoryview]]:
+        """Raises: ConnectionError: the gateway went away."""
+        got = self.socket.recv_into(self.reader.space())
+        if not got:
+            raise ConnectionResetError
+        return self.reader.received(got)
+
+    def flush(self) -> None:
+        if self.writer and not self.closed:
+            with contextlib.suppress(OSError):  # the gateway went away: the next receive says so
+                for part in self.writer.take():
+                    self.socket.sendall(part)
+
+    def close(self) -> None:
+        self.closed = True
+        self.socket.close()
+        if self.ring is not None:
+            self.ring.close()
+
+
+def _receive_ring(sock: socket.socket) -> RingView | None:
+    """The first byte of a connection says whether a ring's descriptor comes with it."""
+    sock.settimeout(5.0)
+    _, fds, _, _ = socket.recv_fds(sock, 1, 1)
+    sock.settimeout(None)
+    if not fds:
+        return None
+    try:
+        return RingView(fds[0])
+    finally:
+        os.close(fds[0])
+
+
+@dataclass(slots=True)
+class _Job:
+    """A decoded request that waits for its batch."""
+
+    connection: _Connection
+    id: int
+    request: InferRequest
+    rows: Rows
+    deadline: float
+    block: memoryview | None = field(default=None)
+    """Keeps the ring block alive while arrays view it."""
+
+
+class ModelServer:
+    """Serves `loaded` as `model` on `endpoint` until `stop`."""
+
+    def __init__(self, model: ModelVersion, loaded: LoadedModel, endpoint: Path, max_rows: int = 32) -> None:
+        self.model, self.loaded, self.endpoint, self.stats = model, loaded, endpoint, ServingStats()
+        self._max_rows = max_rows if loaded.info.batched else 1
+        self._queue: deque[_Job] = deque()
+        self._connections: dict[int, _Connection] = {}
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._waker = socket.socketpair()
+        self._listener = _listen(endpoint)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve, name=f"serve-{model}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake, selectors.EVENT_READ, None)
+        self._thread.start()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Answer what has arrived, then close the socket and free the model. Blocks until done."""
+        self._stopping = True
+        self._waker.send(b"x")
+        self._thread.join(timeout)
+
+    def _serve(self) -> None:
+        try:
+            while not self._stopping or self._queue:
+                for key, _ in self._selector.select(0 if self._queue else None):
+                    if key.data is not None:
+                        key.data()
+                self._run_batch()
+        except Exception:
+            log.exception("model server failed", model=str(self.model))
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            self.endpoint.unlink()
+        for connection in self._connections.values():
+            connection.close()
+        self._selector.close()
+        self._wake.close()
+        self._waker.close()
+        self.loaded.close()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+            connection = _Connection(sock)
+        except OSError as error:
+            log.warning("gateway connection refused", model=str(self.model), error=str(error))
+            return
+        self._connections[sock.fileno()] = connection
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._receive(connection))
+
+    def _receive(self, connection: _Connection) -> None:
+        try:
+            frame = connection.receive()
+        except OSError:
+            self._drop(connection)
+            return
+        now = time.monotonic()
+        for head, payload in frame:
+            self._decode(connection, head, payload, now)
+        frame.clear()
+        connection.reader.release()
+        connection.flush()
+
+    def _drop(self, connection: _Connection) -> None:
+        self._selector.unregister(connection.socket)
+        del self._connections[connection.socket.fileno()]
+        self._queue = deque(job for job in self._queue if job.connection is not connection)
+        connection.close()
+
+    def _decode(self, connection: _Connection, head: Head, payload: memoryview, now: float) -> None:
+        """Arrays of a binary request view its bytes, so those of a frame are copied first; a ring block stays until the reply."""
+        block: memoryview | None = None
+        try:
+            if head.offset != INLINE:
+                if connection.ring is None:
+                    raise InternalError("a request names a ring block and its connection has no ring")
+                block = body = connection.ring.block(head.offset, head.nbytes)
+            else:
+                body = memoryview(bytes(payload)) if head.header_nbytes else payload
+            request = decode_request(body, head.header_nbytes, self.loaded.info)
+            rows = rows_of(request, self.loaded.info)
+        except Exception as error:
+            self._refuse(connection, head.id, error)
+            return
+        self._queue.append(_Job(connection, head.id, request, rows, now + head.timeout_ms / 1000, block))
+        self.stats.waiting = len(self._queue)
+
+    def _refuse(self, connection: _Connection, request_id: int, error: Exception) -> None:
+        self.stats.failures += 1
+        if not isinstance(error, TetherError):
+            log.error("request failed", model=str(self.model), exc_info=error)
+            error = InternalError(f"{type(error).__name__} in the worker; its log has the traceback")
+        connection.writer.reply(request_id, error.http_status, encode_error(error), 0)
+
+    def _run_batch(self) -> None:
+        jobs = self._take()
+        if jobs:
+            self._answer(jobs)
+            for connection in {id(job.connection): job.connection for job in jobs}.values():
+                connection.flush()
+
+    def _take(self) -> list[_Job]:
+        """The next batch; what is past its deadline is answered and left out."""
+        queue, now = self._queue, time.monotonic()
+        while queue and queue[0].deadline < now:
+            job = queue.popleft()
+            self._refuse(job.connection, job.id, DeadlineExceededError("the deadline passed while the request waited for its batch"))
+            job.connection.flush()
+        count = next_batch([job.rows for job in queue], self._max_rows)
+        jobs = [queue.popleft() for _ in range(count)]
+        self.stats.waiting = len(queue)
+        return jobs
+
+    def _answer(self, jobs: list[_Job]) -> None:
+        """Run the batch; when it fails, each request alone, so that one bad input costs nobody else an answer."""
+        try:
+            outputs = self._run(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                self._refuse(jobs[0].connection, jobs[0].id, error)
+            else:
+                for job in jobs:
+                    self._answer([job])
+            return
+        for job, share in zip(jobs, split_outputs(outputs, [job.rows.count for job in jobs]), strict=True):
+            self._reply(job, share)
+
+    def _run(self, jobs: list[_Job]) -> Tensors:
+        begun = time.perf_counter()
+        outputs = self.loaded.run(join_inputs([job.request for job in jobs]))
+        self.stats.busy += time.perf_counter() - begun
+        rows = sum(job.rows.count for job in jobs)
+        if self.loaded.info.batched:
+            for name, array in outputs.items():
+                if array.ndim == 0 or array.shape[0] != rows:
+                    raise ModelFailedError(f"output {name!r} has shape {array.shape} for {rows} rows; its first axis must be the batch")
+        self.stats.batches += 1
+        self.stats.rows += rows
+        return outputs
+
+    def _reply(self, job: _Job, outputs: Tensors) -> None:
+        try:
+            body, header_nbytes = encode_response(outputs, self.model, job.request, self.loaded.info)
+        except Exception as error:
+            self._refuse(job.connection, job.id, error)
+            return
+        self.stats.requests += 1
+        job.connection.writer.reply(job.id, 200, body, header_nbytes)
+
+
+def _listen(endpoint: Path) -> socket.socket:
+    """Raises: WorkerLostError: the socket's path can't be used."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        endpoint.unlink(missing_ok=True)
+        listener.bind(str(endpoint))
+        listener.listen(64)
+    except OSError as error:
+        listener.close()
+        raise WorkerLostError(f"socket {endpoint}: {error.strerror}; is the folder writable and its path under 108 bytes?") from error
+    return listener
