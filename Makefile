@@ -11,7 +11,6 @@ READY := $(VENV)/.ready
 PYTHONS ?= python3 python3.13 python3.12 python3.11 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-SOURCES := tether tests benchmarks datasets
 ROW ?=
 SEED ?=
 SCALE ?= 1
@@ -23,7 +22,7 @@ help:  ## this list
 
 install: $(READY)  ## the virtual environment in .venv, and nothing else
 
-demo: $(READY)  ## a lab on this machine: train, publish, infer from Python and over HTTP, shut down
+demo: $(READY)  ## real models on a lab of this machine, called in three ways, a worker killed, each answer checked
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY)  ## every test, the notebooks with them
@@ -40,11 +39,11 @@ check: $(READY)  ## format, lint, types, layers, spelling, environment.yml: unde
 lab: $(READY)  ## a lab in the foreground, until Ctrl-C
 	$(BIN)/tether up
 
-bench: $(READY)  ## the project's own measurements; written to benchmarks/results
-	$(BIN)/python -m benchmarks
+bench: $(READY)  ## requests a second beside the floor of this machine
+	$(BIN)/python benchmarks/online
 
-chaos: $(READY)  ## rows of faults at full scale: make chaos [ROW=13] [SEED=7] [SCALE=1]
-	$(BIN)/python -m pytest -m chaos tests/chaos --row='$(ROW)' --seed='$(SEED)' --scale='$(SCALE)'
+chaos: $(READY)  ## the tests that kill processes, at full scale: make chaos [ROW=13] [SEED=7] [SCALE=1]
+	TETHER_CHAOS_SEED='$(SEED)' TETHER_CHAOS_SCALE='$(SCALE)' $(BIN)/python -m pytest -m chaos $(if $(ROW),-k 'row_$(ROW)')
 
 clean:  ## remove the venv and what the tools and scripts generate
 	rm -rf $(VENV) datasets/digits.zarr datasets/models .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -14,8 +14,12 @@ hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("here
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
+MISSING = ("needs ", "could not import ")
+"""How the reasons of `tether.testing.requirements.needs` and of `pytest.importorskip` begin."""
+
+
 class Missing:
-    """Collects why tests were skipped; all of them are told once, before pytest's closing line."""
+    """Collects what tests needed and did not find; all of it is told once, before pytest's closing line."""
 
     def __init__(self, *, required: bool) -> None:
         self.required = required
@@ -31,7 +35,9 @@ class Missing:
 
     def _add(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        self.tests_by_reason.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+        reason = reason.removeprefix("Skipped: ")
+        if reason.startswith(MISSING):
+            self.tests_by_reason.setdefault(reason, []).append(report.nodeid)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.required and self.tests_by_reason and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):

@@ -111,6 +111,9 @@ class FakeGateway:
 
     async def metadata(self, request: web.Request) -> web.Response:
         name, number = self._number(request)
+        if self.unaware:
+            self.unaware -= 1
+            raise UnknownModelError(f"model {name!r} is not found")
         return web.json_response(
             {"name": name, "versions": [str(number)], "platform": "onnx", "inputs": self.inputs, "outputs": self.outputs}
         )

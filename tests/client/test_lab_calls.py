@@ -12,21 +12,25 @@ from fake_gateway import KEY, npz_names, rows, spec
 
 import tether
 from tether.client.http import HttpClient
+from tether.config import DataFolder
 from tether.errors import (
     BadInputError,
     BadNameError,
     ChunkAlteredError,
     ConflictError,
+    LabRunningError,
     MalformedManifestError,
     NoLabError,
     NotFoundError,
     ServiceUnavailableError,
+    UnauthenticatedError,
     UnknownAliasError,
     UnknownModelError,
     UnknownVersionError,
     UnsupportedError,
 )
 from tether.lab.lab import Lab, connect
+from tether.lab.launch import Running
 from tether.lab.objects import Model, Status, tensor_text
 from tether.lab.operations import Operations
 
@@ -349,3 +353,42 @@ def test_a_model_of_the_gateway_gives_its_name_to_its_versions():
         name="m", versions=tether.lab.objects.described(Model, {"name": "m", "versions": [{"version": 1, "digest": "d"}]}).versions
     )
     assert str(model[1]) == "m:1"
+
+
+@pytest.fixture
+def found(gateway, monkeypatch, tmp_path):
+    """A lab that runs already, as the data folder's files would tell of it."""
+
+    def answer(version=tether.__version__, url=gateway.url):
+        lab = Running(url, DataFolder(tmp_path), 1, KEY, version)
+        monkeypatch.setattr("tether.lab.lab.running", lambda _: lab)
+
+    return answer
+
+
+def test_up_attaches_to_the_lab_that_runs_already_and_says_so(found, tmp_path, capsys):
+    found()
+    with tether.up(data=tmp_path) as lab:
+        assert len(lab.models) == 0
+    assert "already runs" in capsys.readouterr().out
+
+
+def test_up_does_not_attach_to_another_version(found, tmp_path):
+    found(version="0.0.1")
+    with pytest.raises(LabRunningError, match=r"0\.0\.1"):
+        tether.up(data=tmp_path)
+
+
+def test_connect_finds_the_lab_of_the_data_folder_and_sends_its_key_there_only(found, gateway, tmp_path):
+    found()
+    for url in (None, gateway.url, gateway.url + "/"):
+        with connect(url, data=tmp_path) as lab:
+            assert len(lab.models) == 0
+    with connect(gateway.url.replace("127.0.0.1", "localhost"), data=tmp_path) as lab, pytest.raises(UnauthenticatedError):
+        len(lab.models)
+
+
+def test_connect_to_a_lab_without_a_gateway_is_refused(found, tmp_path):
+    found(url=None)
+    with pytest.raises(NoLabError, match="without a gateway"):
+        connect(data=tmp_path)

@@ -51,7 +51,9 @@ def _sum_and_difference():
 
 
 def info(inputs, outputs):
-    return ModelInfo("onnx", "onnx", tuple(TensorSpec(*spec) for spec in inputs), tuple(TensorSpec(*spec) for spec in outputs), True, True, False)
+    return ModelInfo(
+        "onnx", "onnx", tuple(TensorSpec(*spec) for spec in inputs), tuple(TensorSpec(*spec) for spec in outputs), True, True, False
+    )
 
 
 MODELS = {
@@ -184,7 +186,7 @@ def running(settings=None, host="127.0.0.1"):
     thread = threading.Thread(target=live, name="gateway")
     thread.start()
     up.wait(10)
-    rig.call = lambda function, *arguments: rig.loop.call_soon_threadsafe(function, *arguments)
+    rig.call = rig.loop.call_soon_threadsafe
     rig.thread = thread
     try:
         yield rig
@@ -257,7 +259,7 @@ class Wire:
     def _more(self):
         data = self.socket.recv(1 << 16)
         if not data:
-            raise EOFError(self.buffer)
+            raise EOFError(self.buffer[:200])
         self.buffer += data
 
 
@@ -269,5 +271,3 @@ def infer_body(rows=1, name="x", **more):
 def post(path="/v2/models/ident/infer", body=None, extra="", version="1.1"):
     body = infer_body() if body is None else body
     return f"POST {path} HTTP/{version}\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body
-
-

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tritonclient.http as sync
-import tritonclient.http.aio as aio
+from tritonclient.http import aio
 from tritonclient.utils import InferenceServerException
 
 X = np.array([[1.5, 2.0, -3.25, np.pi]], dtype="f4")
@@ -113,7 +113,8 @@ async def test_the_asynchronous_client(gateway):
 
 def test_golden_bytes_of_the_client(gateway):
     """What tritonclient 2.73 sends, without Content-Type and without id (OIP §3)."""
-    head = b'{"inputs":[{"name":"x","shape":[1,4],"datatype":"FP32","parameters":{"binary_data_size":16}}],"parameters":{"binary_data_output":true}}'
+    tensor_part = b'{"inputs":[{"name":"x","shape":[1,4],"datatype":"FP32","parameters":{"binary_data_size":16}}],'
+    head = tensor_part + b'"parameters":{"binary_data_output":true}}'
     with sync.InferenceServerClient(f"127.0.0.1:{gateway.port}") as client:
         client.infer("ident", [tensor(True)])
     hop = gateway.dispatcher.hops[-1]

@@ -53,3 +53,9 @@ def test_a_run_that_missed_nothing_lists_nothing(run, monkeypatch):
     monkeypatch.setenv("TETHER_REQUIRE", "all")
     status, output = run("def test_that_runs(): pass")
     assert (status, "did not run" in output) == (0, False)
+
+
+def test_a_skip_for_another_reason_is_not_a_missing_tool(run, monkeypatch):
+    monkeypatch.setenv("TETHER_REQUIRE", "all")
+    status, output = run(TWO_TESTS.replace("needs a unicorn: apt install unicorn", "unicorns have no fins"))
+    assert (status, "did not run" in output) == (0, False)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, Final, cast
 
 import uvicorn
@@ -20,10 +20,11 @@ from starlette.routing import Route
 from tether.errors import InternalError, MethodNotAllowedError, NotFoundError, PayloadTooLargeError, RequestError, TetherError
 from tether.gateway.admission import Peer
 from tether.gateway.docs import openapi, page
-from tether.gateway.door import Dispatcher, Door, Exchange, Settings
+from tether.gateway.door import Dispatcher, Door, Settings
 from tether.gateway.management import MANAGEMENT
 from tether.gateway.protocol import FastProtocol, protocol_class
 from tether.gateway.routes import PROTOCOL, Answer, Call, Endpoint, as_json
+from tether.telemetry.accesslog import Access
 from tether.wire.oip import encode_error
 
 __all__ = ["make_app", "serve"]
@@ -169,7 +170,8 @@ class _Rim:
             client = scope["client"][0] if scope.get("client") else None
             url = scope.get("raw_path") or b""
             caller, received = state.get("caller"), state.get("received", 0)
-            door.note(Exchange(request_id, scope["method"], url, client, caller, seconds, sent[0] or 499, received, sent[1]))
+            access = Access(time(), seconds, scope["method"], url, sent[0] or 499, received, sent[1], client, caller, request_id)
+            door.note(access)
 
     def _checked(self, scope: Scope, headers: dict[bytes, bytes]) -> Callable[..., Awaitable[None]]:
         try:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
-from time import perf_counter
+from time import perf_counter, time
 from typing import Final, Protocol
 
 from tether.errors import InternalError, TetherError
 from tether.gateway.admission import Headers
-from tether.gateway.door import Door, Exchange
+from tether.gateway.door import Door
 from tether.gateway.oip import Target
 from tether.ports import HopReply
+from tether.telemetry.accesslog import Access
 from tether.telemetry.metrics import Series
 from tether.wire.oip import encode_error
 
@@ -163,7 +164,8 @@ class Lane:
         door = connection.door
         self.id = door.request_id(self.headers.get(b"x-request-id"))
         if door.logs:
-            door.note(Exchange(self.id, self.method, self.url, connection.client_address, self.caller, seconds, status, self.nbytes, sent))
+            client = connection.client_address
+            door.note(Access(time(), seconds, self.method, self.url, status, self.nbytes, sent, client, self.caller, self.id))
 
 
 def head_of(lane: Lane, reply: HopReply, standing: bytes) -> bytes:

@@ -1,19 +1,22 @@
-"""Whose socket is at the other end of a connection from this host."""
+"""What the kernel knows of a connection: whose socket is at its other end, how much of an answer is still to go."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import ipaddress
 import os
 import socket
 import struct
 import sys
+import termios
 from pathlib import Path
 from typing import Any, Final
 
 from tether.gateway.admission import Peer
 
-__all__ = ["peer_of"]
+__all__ = ["cut_off", "peer_of", "unsent"]
 
 _TABLES: Final = ("/proc/net/tcp", "/proc/net/tcp6")
 _ESTABLISHED: Final = b"01"
@@ -82,3 +85,19 @@ def _form(packed: bytes, port: int) -> bytes:
     """Words of 32 bits in the host's order, as the kernel prints them."""
     words = (int.from_bytes(packed[i : i + 4], sys.byteorder) for i in range(0, len(packed), 4))
     return b"".join(b"%08X" % word for word in words) + b":%04X" % port
+
+
+def unsent(transport: asyncio.WriteTransport) -> int:
+    """Bytes of answers that the client has not taken: ours, and the kernel's, which hold megabytes and hide a slow reader's progress."""
+    queued, sock = b"\0" * 4, transport.get_extra_info("socket")
+    with contextlib.suppress(OSError, AttributeError):  # not every system counts them
+        queued = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, queued)
+    return transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+
+
+def cut_off(transport: asyncio.WriteTransport) -> None:
+    """Reset the connection: closing it would leave the kernel with what the client does not read."""
+    sock = transport.get_extra_info("socket")
+    with contextlib.suppress(OSError, AttributeError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

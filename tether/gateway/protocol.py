@@ -27,14 +27,14 @@ from tether.errors import (
 from tether.gateway.admission import PROXIED, Headers, Peer
 from tether.gateway.door import Door
 from tether.gateway.lane import Lane, head_of
-from tether.gateway.peers import peer_of
+from tether.gateway.peers import cut_off, peer_of, unsent
 from tether.ports import HopReply
 
 __all__ = ["UVICORN_USES", "FastProtocol", "protocol_class"]
 
 UVICORN_USES: Final = frozenset(
-    {"_start_asgi_task", "connections", "cycle", "expect_100_continue", "flow", "headers", "loop", "on_response_complete", "parser",
-     "pipeline", "scope", "server_state", "transport", "url"}
+    {"_start_asgi_task", "connections", "cycle", "expect_100_continue", "flow", "headers", "loop", "on_response_complete", "on_message_begin",
+     "parser", "pipeline", "scope", "server_state", "transport"}
 )  # fmt: skip
 """Attributes of HttpToolsProtocol that this module relies on."""
 
@@ -69,10 +69,12 @@ class FastProtocol(HttpToolsProtocol):
         self._asked = False
         self._seen: tuple[object, ...] | None = None
         self._caller: str | None = None
-        self._in_headers = self._in_body = self._deaf = self._advancing = False
+        self._in_headers = self._in_body = self._deaf = self._advancing = self._replaying = False
+        self._skipped = b""
+        """The head that tells a new parser of a body which the old one skipped."""
         self._unsent: Lane | None = None
         """A lane whose answer waits for the client to read."""
-        self._messages = self._received = self._head_nbytes = self._body_nbytes = 0
+        self._messages = self._received = self._chunk = self._head_nbytes = self._body_nbytes = 0
         self._progress: tuple[object, ...] | None = None
         self._strikes = 0
         self._period = self.door.settings.patience / 2
@@ -90,21 +92,43 @@ class FastProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        self._received += len(data)
+        self._chunk = len(data)
+        self._received += self._chunk
         message = self._messages if self._in_headers else -1
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._end_after(self.cycle)
+            self._parse(data)
         except httptools.HttpParserError as error:
             self._stop(_refusal(error))
         else:
             if self._in_headers and message == self._messages:  # all of it was headers of one message
-                self._head_nbytes += len(data)
+                self._head_nbytes += self._chunk
                 if self._head_nbytes > self.door.settings.header_nbytes:
                     self._stop(self._headers_too_large())
 
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._go_on_after_upgrade()
+            else:
+                return
+
+    def _go_on_after_upgrade(self) -> None:
+        """We offer no upgrade, which is to be ignored then (RFC 9110 §7.8); the parser stops at it and skips the body. So a new one goes on,
+        which is told first what kind of body comes. Java's client asks for HTTP/2 this way in every request.
+        """
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        if self._skipped:
+            prelude, self._skipped, self._replaying, self.headers = self._skipped, b"", True, []
+            self.parser.feed_data(prelude)
+            self._replaying = False
+
     def on_message_begin(self) -> None:
+        if self._replaying:
+            return
         self.url = b""
         self.headers = []
         self._messages += 1
@@ -115,10 +139,14 @@ class FastProtocol(HttpToolsProtocol):
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        if self._replaying:
+            return
         sent = dict(self.headers)
         self._check_head(sent)
         self._in_headers = False
         self._in_body = True
+        if self.parser.should_upgrade():
+            self._skipped = _prelude(sent)
         post = self.parser.get_method() == b"POST"
         target = self.door.target(self.url) if post and b"content-encoding" not in sent else None
         if target is None:
@@ -136,8 +164,10 @@ class FastProtocol(HttpToolsProtocol):
     def _check_head(self, sent: Headers) -> None:
         settings = self.door.settings
         headers = self.headers
-        nbytes = len(self.url) + sum([len(name) + len(value) for name, value in headers])
-        if len(headers) > settings.header_count or nbytes > settings.header_nbytes:
+        if len(headers) > settings.header_count or (
+            self._head_nbytes + self._chunk > settings.header_nbytes  # else no need to add them up
+            and len(self.url) + sum([len(name) + len(value) for name, value in headers]) > settings.header_nbytes
+        ):
             raise self._headers_too_large()
         if len(sent) != len(headers):
             _check_doubles(headers)
@@ -199,6 +229,8 @@ class FastProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._skipped:
+            return
         self._in_body = False
         self._reading = None
         lane, self._lane = self._lane, None
@@ -309,14 +341,6 @@ class FastProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _end_after(self, cycle: Any) -> None:
-        """An upgrade was asked for: we answer as if not, and end there, for what follows is another protocol."""
-        self._deaf = True
-        if cycle is None or cycle.response_complete:
-            self.transport.close()
-        else:
-            cycle.keep_alive = False
-
     def _look(self) -> None:
         """Twice in `patience`: has the side whose turn it is got on?  One timer a connection, and no clock on the fast lane."""
         settings = self.door.settings
@@ -332,7 +356,7 @@ class FastProtocol(HttpToolsProtocol):
     def _waits_for(self) -> tuple[object, ...] | None:
         """What the client owes, and how far it got; None while it is our turn."""
         if self.flow.write_paused:
-            return "write", self._messages, self.transport.get_write_buffer_size() // _STEP
+            return "write", self._messages, unsent(self.transport) // _STEP
         if (self._in_headers or self._in_body) and not self.flow.read_paused and not self._deaf:
             return "read", self._messages, self._in_headers, self._received // _STEP
         if self.cycle is not None and not self.cycle.response_complete:
@@ -343,9 +367,17 @@ class FastProtocol(HttpToolsProtocol):
         if waited_for == "read":
             self._stop(RequestTimeoutError(f"the request did not come within {self.door.settings.patience:g} s; send it without pauses"))
         elif waited_for == "write":
-            self.transport.abort()
+            cut_off(self.transport)
         else:
             self.transport.close()
+
+
+def _prelude(sent: Headers) -> bytes:
+    """A request whose body is framed as that of `sent`; empty where it has none."""
+    if b"transfer-encoding" in sent:
+        return b"POST / HTTP/1.1\r\ntransfer-encoding: %b\r\n\r\n" % sent[b"transfer-encoding"]
+    length = int(sent.get(b"content-length", b"0"))
+    return b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % length if length else b""
 
 
 def _check_doubles(headers: list[tuple[bytes, bytes]]) -> None:

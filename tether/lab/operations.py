@@ -32,10 +32,6 @@ __all__ = ["Operations"]
 _EXAMPLE_LIMIT: Final = 1 << 30
 """Bytes of an example that is brought into memory."""
 
-_SPREAD: Final = 5.0
-"""Seconds after which a publish returns even if the gateway has not heard of it: the version is safe, the orchestrator may be away."""
-_LOOK: Final = 0.02
-
 
 class _Metadata(msgspec.Struct, frozen=True):
     """What the protocol's metadata says and we need."""
@@ -96,7 +92,6 @@ class Operations:
         body = draft(files, entry, framework=framework, aliases=aliases, tags={key: str(value) for key, value in (tags or {}).items()})
         answer = described(_Published, await publish_draft(self.client, name, body, files))
         self._known.clear()
-        await self._served(name, answer.version)
         return await self.version(f"{name}:{answer.version}")
 
     async def infer(
@@ -215,17 +210,6 @@ class Operations:
         """Close the connections."""
         if self._client is not None:
             await self._client.aclose()
-
-    async def _served(self, name: str, version: int) -> None:
-        """Wait until the gateway serves what the manager has committed: news of it travels through the orchestrator, some milliseconds."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + _SPREAD
-        while clock() < deadline:
-            try:
-                await self.client.metadata(name, version)
-                return
-            except NotFoundError:
-                await asyncio.sleep(_LOOK)
 
     async def _manifest(self, version: Version) -> dict[str, Any]:
         answer = await self.client.manifest(version.name, version.version)

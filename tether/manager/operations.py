@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tether.manager.publishing import EXAMPLE, Publisher
 from tether.sandbox import arun
 from tether.security.identity import Identity
 from tether.store import FILES, ModelRecord, Repository, VersionRecord
-from tether.types import Digest, ModelInfo, ModelRef, ModelVersion
+from tether.types import Digest, ModelInfo, ModelRef, ModelVersion, model_name
 
 __all__ = ["Operations"]
 
@@ -57,8 +58,8 @@ class Operations:
         return await asyncio.to_thread(self._repository.read_blob, Digest(digest))
 
     async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
-        published, info = await self._publisher.publish(name, draft)
-        record = self._repository.resolve(ModelRef.parse(f"{name}:{published.version}"))
+        published, record = await self._publisher.publish(model_name(name), draft)
+        info, _ = self._info(record.digest)
         return self._version(record) | {"name": record.name, "created": published.created, "info": msgspec.to_builtins(info)}
 
     async def models(self) -> list[dict[str, Any]]:
@@ -103,6 +104,8 @@ class Operations:
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
         if set(scopes) - {"code"}:
             raise BadNameError(f"unknown scope among {', '.join(scopes)}; the one scope is: code")
+        if not re.fullmatch("[0-9a-f]{64}", publisher):
+            raise BadNameError(f"{publisher[:80]!r} is no public key: a publisher's key is 64 hex digits, `tether show NAME` prints it")
         self._repository.trust(publisher, scopes)
         return {"publisher": publisher, "scopes": list(scopes)}
 

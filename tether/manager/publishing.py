@@ -14,8 +14,8 @@ import msgspec
 
 from tether.errors import BadInputError, MalformedManifestError, MalformedRequestError, MissingBlobsError, UntrustedCodeError
 from tether.security.identity import Identity
-from tether.store import FILES, HIDDEN, ArrayEntry, Manifest, Published, Repository, Segment, decode, encode, signed_message
-from tether.types import ModelInfo
+from tether.store import FILES, HIDDEN, ArrayEntry, Manifest, Published, Repository, Segment, VersionRecord, decode, encode, signed_message
+from tether.types import ModelInfo, ModelRef
 
 __all__ = ["EXAMPLE", "EXPECTED", "Draft", "Publisher", "SignedManifest", "parse_draft"]
 
@@ -76,8 +76,8 @@ class Publisher:
     workspace: Path
     """Where files are put together for inspection; what a killed manager leaves there is removed at its next start."""
 
-    async def publish(self, name: str, body: Mapping[str, Any]) -> tuple[Published, ModelInfo]:
-        """Raises: what parsing, inspecting and storing raise; nothing was stored then."""
+    async def publish(self, name: str, body: Mapping[str, Any]) -> tuple[Published, VersionRecord]:
+        """What became of it, and the version. Raises: what parsing, inspecting and storing raise; nothing was stored then."""
         draft = parse_draft(body)
         if isinstance(draft, SignedManifest):
             return self._adopt(name, draft)
@@ -87,7 +87,10 @@ class Publisher:
         data = encode(manifest)
         signature = self.identity.sign(signed_message(data))
         published = self.repository.publish(name, data, self.identity.public, signature, alias=draft.aliases, tags=draft.tags)
-        return published, manifest.info
+        return published, self._record(name, published, self.identity.public)
+
+    def _record(self, name: str, published: Published, publisher: str) -> VersionRecord:
+        return self.repository.resolve(ModelRef(name, version=published.version), publisher)
 
     def _check_present(self, arrays: list[ArrayEntry]) -> None:
         missing = self.repository.missing(segment.digest for array in arrays for segment in array.segments)
@@ -119,7 +122,7 @@ class Publisher:
                 data = self.repository.read_draft_blob(segment.digest)
                 file.write(data[segment.offset : segment.offset + segment.nbytes])
 
-    def _adopt(self, name: str, signed: SignedManifest) -> tuple[Published, ModelInfo]:
+    def _adopt(self, name: str, signed: SignedManifest) -> tuple[Published, VersionRecord]:
         """A version of another lab: as it was signed, byte for byte; code formats only from publishers trusted for code."""
         try:
             data, signature = base64.b64decode(signed.manifest, validate=True), bytes.fromhex(signed.signature)
@@ -132,7 +135,7 @@ class Publisher:
                 f"if you know whose key that is: tether trust {signed.publisher} --code"
             )
         published = self.repository.publish(name, data, signed.publisher, signature, alias=signed.aliases, tags=signed.tags)
-        return published, manifest.info
+        return published, self._record(name, published, signed.publisher)
 
 
 _NOTHING_KNOWN = ModelInfo("onnx", "onnx", (), (), batched=False, pure=False, code=False)

@@ -53,23 +53,24 @@ class _Manager(Server):  # type: ignore[misc]  # distributed is untyped
 
     async def _tell(self) -> None:
         comm = await connect(self._orchestrator, timeout=2.0, **self._security.get_connection_args("worker"))
+        closed = asyncio.ensure_future(comm.read())  # the orchestrator never writes here: this ends when it goes away
         try:
             count = self._operations.change_count()
             await comm.write({"op": "tether_manager", "address": self.address, "reply": False} | self._catalog(count))
-            while True:
-                await self._next_change()
+            while not closed.done():
+                await self._next_change(closed)
                 if self._operations.change_count() != count:
                     count = self._operations.change_count()
                     await comm.write(self._catalog(count))
         finally:
             comm.abort()
+            await asyncio.gather(closed, return_exceptions=True)
 
-    async def _next_change(self) -> None:
-        try:
-            async with asyncio.timeout(_WATCH):
-                await self._change.wait()
-        except TimeoutError:
-            pass
+    async def _next_change(self, closed: asyncio.Future[Any]) -> None:
+        """A change through this process, or the time to look for others, or the end of the connection."""
+        change = asyncio.ensure_future(self._change.wait())
+        await asyncio.wait([change, closed], timeout=_WATCH, return_when=asyncio.FIRST_COMPLETED)
+        change.cancel()
         self._change.clear()
 
     def _catalog(self, count: int) -> dict[str, Any]:

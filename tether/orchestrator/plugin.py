@@ -115,9 +115,14 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         return {"table": msgspec.msgpack.encode(self._state.table)}
 
     async def _watch(self, comm: Comm) -> Status:
-        """Send the table now and after every change until the gateway goes away."""
+        """Send the table now and after every change until the gateway goes away.
+
+        Not before a manager has told of its catalog: a gateway's last table is better than an empty one of a new orchestrator.
+        """
         sent = -1
         try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._state.informed)
             while True:
                 table = self._state.table
                 if table.seq != sent:

@@ -84,6 +84,8 @@ class ControlState:
         self._lost: dict[WorkerId, WorkerEntry] = {}
         self._catalog: dict[str, CatalogModel] = {}
         self._count = 0
+        self.informed = False
+        """Whether a manager has told of its catalog since the start."""
         self._manager: str | None = None
         self._wanted: set[ModelVersion] = set()
         self._reasons: dict[ModelVersion, str] = {}
@@ -107,7 +109,7 @@ class ControlState:
             case WorkerLeft(address):
                 self._remove(address, now)
             case CatalogChanged(manager, count, models):
-                self._manager, self._count, self._catalog = manager, count, models
+                self._manager, self._count, self._catalog, self.informed = manager, count, models, True
                 self._wanted &= self._published()
             case ManagerLeft(manager):
                 if self._manager == manager:

@@ -16,6 +16,8 @@ __all__ = ["Access", "AccessLog"]
 _log = logging.getLogger("tether.telemetry")
 _DELAY: Final = 1.0
 """Seconds a line may wait in memory."""
+_URL: Final = 1024
+"""Bytes of a URL that are logged."""
 _LINES: Final = 512
 """Lines that are written at once: some 150 KB, a fraction of a millisecond into the page cache."""
 
@@ -27,7 +29,8 @@ class Access(NamedTuple):
     """Unix time of the answer."""
     seconds: float
     method: str
-    path: str
+    url: bytes
+    """As it came; what follows `?` is not logged, since people put keys there."""
     status: int
     received: int
     """Bytes of the request's body."""
@@ -36,7 +39,7 @@ class Access(NamedTuple):
     client: str | None
     caller: str | None
     """Name of the API key, not the key; None without one."""
-    id: str
+    id: bytes
 
 
 class AccessLog:
@@ -87,9 +90,9 @@ def _line(access: Access) -> bytes:
         "@timestamp": datetime.fromtimestamp(access.time, UTC),
         "event.dataset": "tether.access",
         "event.duration": round(access.seconds * 1e9),
-        "http.request.id": access.id,
+        "http.request.id": access.id.decode("latin-1"),
         "http.request.method": access.method,
-        "url.path": access.path,
+        "url.path": access.url[:_URL].partition(b"?")[0].decode("latin-1"),
         "http.response.status_code": access.status,
         "http.request.body.bytes": access.received,
         "http.response.body.bytes": access.sent,

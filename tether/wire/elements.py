@@ -101,6 +101,8 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _array(values: list[Any], datatype: Datatype, depth: int) -> Array:
+    if datatype == "BF16":  # its own conversion knows no None
+        return np.array(values, np.float32).astype(DATATYPES[datatype])
     if datatype != "BYTES":
         return np.array(values, DATATYPES[datatype])
     array = np.array(values, object)

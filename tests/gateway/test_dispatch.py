@@ -1,0 +1,217 @@
+"""From the gateway to a model's thread and back: real sockets and frames, models that misbehave on purpose."""
+
+import asyncio
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tether.errors import ModelFailedError
+from tether.gateway.dispatch import Dispatch
+from tether.ports import Hop
+from tether.routing.table import ModelEntry, Route, Table, VersionEntry
+from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId
+from tether.worker.serving import ModelServer
+
+VERSION = ModelVersion("m", 1, Digest("0" * 64))
+SPEC = TensorSpec("x", "FP32", (-1, 2))
+
+
+class Doubling:
+    """y = 2x. Fails on a batch with a negative number; waits for `gate` before it answers."""
+
+    def __init__(self, *, pure=True):
+        self.info = ModelInfo("custom", "custom", (SPEC,), (TensorSpec("y", "FP32", (-1, 2)),), batched=True, pure=pure, code=True)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.batches = []
+
+    def run(self, inputs):
+        self.batches.append(len(inputs["x"]))
+        self.gate.wait(10)
+        if (inputs["x"] < 0).any():
+            raise ModelFailedError("negative numbers are not for this model")
+        return {"y": 2 * inputs["x"]}
+
+    def close(self):
+        self.gate.set()
+
+
+class Control:
+    """An orchestrator that places nothing and remembers what it was asked."""
+
+    def __init__(self, state="loading", reason=""):
+        self.answer, self.wanted = (state, reason), []
+
+    async def want(self, model):
+        self.wanted.append(model)
+        return self.answer
+
+    async def status(self):
+        return {}
+
+
+def table(info, *endpoints):
+    routes = tuple(Route(WorkerId(f"w{index}"), str(endpoint)) for index, endpoint in enumerate(endpoints))
+    entry = VersionEntry(VERSION, info, "ready" if routes else "unloaded", routes)
+    return Table(1, {"m": ModelEntry("m", 1, {1: entry}, {"latest": 1})})
+
+
+def body(*values):
+    tensor = {"name": "x", "shape": [len(values), 2], "datatype": "FP32", "data": [[value, value] for value in values]}
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+class Rig:
+    """A dispatcher and model servers in one process."""
+
+    def __init__(self, folder, control=None):
+        self.folder, self.control = folder, control or Control()
+        self.dispatch, self.servers = Dispatch(self.control, None), []
+
+    def serve(self, model):
+        server = ModelServer(VERSION, model, self.folder / f"{len(self.servers)}.sock")
+        server.start()
+        self.servers.append(server)
+        return server
+
+    def route(self, info, *servers):
+        self.dispatch.replace_table(table(info, *(server.endpoint for server in servers)))
+
+    def ask(self, *values, timeout=10.0):
+        future = asyncio.get_running_loop().create_future()
+        self.cancel = self.dispatch.infer("m", None, Hop(body(*values), 0, timeout), future.set_result)
+        return future
+
+    def close(self):
+        self.dispatch.close()
+        for server in self.servers:
+            server.loaded.close()  # one that still waits at its gate
+            server.stop()
+
+
+@pytest.fixture
+async def rig(tmp_path):
+    made = Rig(tmp_path)
+    yield made
+    made.close()
+
+
+def said(reply):
+    answer = json.loads(reply.body)
+    return np.array(answer["outputs"][0]["data"]).reshape(-1, 2)[:, 0].tolist() if reply.status == 200 else (reply.status, answer["code"])
+
+
+async def eventually(condition):
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 (other threads make it true)
+            await asyncio.sleep(0.005)
+
+
+async def test_what_piles_up_behind_a_batch_is_the_next_batch(rig):
+    model = Doubling()
+    rig.route(model.info, rig.serve(model))
+    model.gate.clear()
+    first = rig.ask(1)
+    await eventually(lambda: model.batches == [1])
+    rest = [rig.ask(number) for number in range(2, 10)]
+    await eventually(lambda: rig.dispatch._outstanding(next(iter(rig.dispatch._transports))) == 9)
+    await asyncio.sleep(0)
+    model.gate.set()
+    assert [said(reply) for reply in await asyncio.gather(first, *rest)] == [[2.0 * number] for number in range(1, 10)]
+    assert len(model.batches) < 9
+
+
+async def test_a_bad_input_in_a_batch_costs_nobody_else_an_answer(rig):
+    model = Doubling()
+    rig.route(model.info, rig.serve(model))
+    model.gate.clear()
+    asked = [rig.ask(number) for number in (1, 2, -3, 4)]
+    await eventually(lambda: model.batches)
+    model.gate.set()
+    assert [said(reply) for reply in await asyncio.gather(*asked)] == [[2.0], [4.0], (422, "model_failed"), [8.0]]
+
+
+async def test_requests_of_a_worker_that_goes_away_are_answered_by_another(rig):
+    slow, quick = Doubling(), Doubling()
+    first, second = rig.serve(slow), rig.serve(quick)
+    rig.route(slow.info, first)
+    slow.gate.clear()
+    asked = [rig.ask(number) for number in (1, 2, 3)]
+    await eventually(lambda: slow.batches)
+    rig.route(slow.info, first, second)
+    for transport in rig.dispatch._transports.values():  # what a killed worker looks like from here
+        transport._transport.abort()
+    assert [said(reply) for reply in await asyncio.gather(*asked)] == [[2.0], [4.0], [6.0]]
+    assert quick.batches
+
+
+async def test_a_model_that_is_not_pure_is_never_asked_twice(rig):
+    slow, other = Doubling(pure=False), Doubling(pure=False)
+    first, second = rig.serve(slow), rig.serve(other)
+    slow.gate.clear()
+    rig.route(slow.info, first)
+    asked = rig.ask(1)
+    await eventually(lambda: slow.batches)
+    rig.route(slow.info, first, second)
+    next(iter(rig.dispatch._transports.values()))._transport.abort()
+    assert said(await asked) == (503, "worker_lost")
+    assert other.batches == []
+
+
+async def test_a_deadline_ends_the_wait_for_a_model_that_hangs(rig):
+    model = Doubling()
+    rig.route(model.info, rig.serve(model))
+    model.gate.clear()
+    begun = time.monotonic()
+    assert said(await rig.ask(1, timeout=0.2)) == (504, "deadline_exceeded")
+    assert time.monotonic() - begun < 5
+    model.gate.set()
+    assert said(await rig.ask(2)) == [4.0]
+
+
+async def test_a_cold_model_is_asked_for_once_and_answers_when_it_is_there(rig):
+    model = Doubling()
+    rig.route(model.info)
+    asked = [rig.ask(number) for number in (1, 2, 3)]
+    await eventually(lambda: rig.control.wanted)
+    rig.route(model.info, rig.serve(model))
+    assert [said(reply) for reply in await asyncio.gather(*asked)] == [[2.0], [4.0], [6.0]]
+    assert rig.control.wanted == [VERSION]
+
+
+async def test_a_model_that_cannot_be_loaded_says_why_at_once(tmp_path):
+    rig = Rig(tmp_path, Control("failed", "bad_model: the file is cut off"))
+    rig.route(Doubling().info)
+    reply = await rig.ask(1)
+    assert said(reply) == (422, "bad_model")
+    assert "the file is cut off" in json.loads(reply.body)["error"]
+    rig.close()
+
+
+async def test_no_worker_within_the_deadline_is_said_so(rig):
+    rig.route(Doubling().info)
+    assert said(await rig.ask(1, timeout=0.1)) == (503, "no_worker")
+
+
+async def test_a_cancelled_request_is_never_answered_and_the_next_one_is(rig):
+    model = Doubling()
+    rig.route(model.info, rig.serve(model))
+    model.gate.clear()
+    gone = rig.ask(1)
+    await eventually(lambda: model.batches)
+    rig.cancel()
+    model.gate.set()
+    assert said(await rig.ask(2)) == [4.0]
+    assert not gone.done()
+
+
+async def test_large_bodies_go_through_the_ring_and_their_blocks_come_back(rig):
+    model = Doubling()
+    rig.route(model.info, rig.serve(model))
+    free = list(rig.dispatch._ring._free)
+    replies = await asyncio.gather(*(rig.ask(*([float(number)] * 20_000)) for number in range(5)))
+    assert [said(reply)[0] for reply in replies] == [0.0, 2.0, 4.0, 6.0, 8.0]
+    assert rig.dispatch._ring._free == free

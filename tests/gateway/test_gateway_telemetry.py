@@ -1,0 +1,134 @@
+"""What an operator sees of requests: metrics that callers can't swell, an access log that never holds a key."""
+
+import asyncio
+import json
+
+import pytest
+from gateway_rig import AUTH, KEY, ask, infer_body, running, until
+from prometheus_client.parser import text_string_to_metric_families
+
+from tether.gateway.door import Settings
+from tether.ports import HopReply
+from tether.telemetry.accesslog import Access, AccessLog
+from tether.telemetry.metrics import UNKNOWN, RequestMetrics
+
+INFER = "/v2/models/ident/infer"
+
+
+def samples(rig):
+    text = ask(rig, "GET", "/metrics")[2].decode()
+    return {(s.name, *sorted(s.labels.items())): s.value for family in text_string_to_metric_families(text) for s in family.samples}
+
+
+def count(found, model, version, code):
+    return found.get(("tether_requests_total", ("code", code), ("model", model), ("version", version)), 0)
+
+
+def test_every_inference_is_counted_once_under_its_version_and_status(gateway):
+    before = samples(gateway)
+    ask(gateway, "POST", INFER, infer_body())
+    ask(gateway, "POST", "/v2/models/ident@prod/infer", infer_body())
+    ask(gateway, "POST", "/inference", {"model": "ident", "inputs": {"x": [[1, 2, 3, 4]]}})
+    ask(gateway, "POST", INFER, b"{")
+    after = samples(gateway)
+    assert count(after, "ident", "1", "200") - count(before, "ident", "1", "200") == 3
+    assert count(after, "ident", "1", "400") - count(before, "ident", "1", "400") == 1
+    total = ("tether_request_duration_seconds_count", ("model", "ident"))
+    assert after[total] - before.get(total, 0) == 4
+    assert after["tether_requests_in_flight", ("model", "ident")] == 0
+
+
+def test_names_that_callers_invent_make_no_series(gateway):
+    before = samples(gateway)
+    for i in range(20):
+        ask(gateway, "POST", f"/v2/models/invented-{i}/infer", infer_body())
+    after = samples(gateway)
+    assert count(after, "-", "-", "404") - count(before, "-", "-", "404") == 20
+    assert not [key for key in after if "invented" in str(key)]
+
+
+def test_a_request_that_waits_is_in_flight(gateway):
+    with running() as rig:
+        import threading
+
+        asker = threading.Thread(target=ask, args=(rig, "POST", "/v2/models/held/infer", infer_body()))
+        asker.start()
+        until(lambda: rig.dispatcher.held)
+        assert samples(rig)["tether_requests_in_flight", ("model", "held")] == 1
+        rig.call(rig.dispatcher.held.pop()[1], HopReply(200, b"{}"))
+        asker.join()
+        assert samples(rig)["tether_requests_in_flight", ("model", "held")] == 0
+
+
+def test_series_are_bounded():
+    metrics = RequestMetrics()
+    for i in range(3000):
+        metrics.series("m", str(i)).observe(200, 0.001)
+    assert sum(1 for family in metrics.collect() for s in family.samples if s.name == "tether_requests_total") == 2001
+    assert metrics.series("other", "1") is metrics.series(UNKNOWN, UNKNOWN)
+
+
+def test_the_histogram_is_cumulative_and_ends_in_infinity():
+    metrics = RequestMetrics()
+    for seconds in (0.0005, 0.0006, 100.0):
+        metrics.series("m", "1").observe(200, seconds)
+    family = next(family for family in metrics.collect() if family.name == "tether_request_duration_seconds")
+    buckets = {s.labels["le"]: s.value for s in family.samples if s.name.endswith("_bucket")}
+    assert (buckets["0.0005"], buckets["0.001"], buckets["60.0"], buckets["+Inf"]) == (1, 2, 2, 3)
+
+
+def test_one_line_a_request_on_both_lanes_and_never_a_key(tmp_path):
+    path = tmp_path / "access.log"
+    with running(Settings(access_log=path)) as rig:
+        ask(rig, "POST", f"{INFER}?key={KEY}", infer_body(), AUTH | {"x-request-id": "one"})
+        ask(rig, "GET", f"/v2?key={KEY}", headers=AUTH | {"x-request-id": "two"})
+        ask(rig, "GET", f"/nothing%0d%0a%1b[31m{KEY[:0]}")
+        ask(rig, "GET", "/tether/v1/models")
+    text = path.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert KEY not in text
+    assert "\x1b" not in text
+    assert [line["http.response.status_code"] for line in lines] == [200, 200, 404, 401]
+    first = lines[0]
+    assert (first["http.request.id"], first["user.name"], first["url.path"]) == ("one", "tester", INFER)
+    assert first["http.request.body.bytes"] == len(infer_body())
+    assert first["client.ip"] == "127.0.0.1"
+    assert first["event.duration"] > 0
+    assert lines[1]["user.name"] == "tester"
+    assert lines[3]["user.name"] is None
+
+
+def access(n=0):
+    return Access(1.0, 0.1, "POST", b"/%d?key=x" % n, 200, 1, 2, None, None, b"id")
+
+
+async def test_lines_are_written_within_a_second(tmp_path):
+    log = AccessLog(tmp_path / "a.log")
+    log.write(access())
+    assert (tmp_path / "a.log").read_bytes() == b""
+    async with asyncio.timeout(5):
+        while not (tmp_path / "a.log").read_bytes():
+            await asyncio.sleep(0.02)
+    log.close()
+
+
+async def test_a_burst_is_written_at_once_and_the_rest_at_the_end(tmp_path):
+    log = AccessLog(tmp_path / "a.log")
+    for n in range(600):
+        log.write(access(n))
+    assert len((tmp_path / "a.log").read_bytes().splitlines()) == 512
+    log.close()
+    log.close()
+    assert len((tmp_path / "a.log").read_bytes().splitlines()) == 600
+
+
+@pytest.mark.skipif(not __import__("pathlib").Path("/dev/full").exists(), reason="this system has no /dev/full")
+async def test_a_full_disk_costs_lines_and_says_so_once(caplog):
+    from pathlib import Path
+
+    log = AccessLog(Path("/dev/full"))
+    for _ in range(3):
+        log.write(access())
+        log.flush()
+    log.close()
+    assert caplog.text.count("loses lines") == 1
