@@ -62,7 +62,7 @@ def expected(paths: dict[str, Path]) -> dict[str, object]:
     }
 
 
-def measure(servers: dict[str, str], rounds: int, seconds: float, cells: list[tuple[str, int]]) -> list[dict[str, object]]:
+def measure(servers: dict[str, str], rounds: int, seconds: int, cells: list[tuple[str, int]]) -> list[dict[str, object]]:
     """Every cell of every round: the floor first, then each server with a floor of its own beside it."""
     rows: list[dict[str, object]] = []
     base = servers["floor"]
@@ -70,7 +70,7 @@ def measure(servers: dict[str, str], rounds: int, seconds: float, cells: list[tu
         for model, clients in cells:
             for name, url in servers.items():
                 reference = load.run(base, model, clients, seconds)
-                load.run(url, model, clients, 0.5)
+                load.run(url, model, clients, 1)
                 cell = load.run(url, model, clients, seconds)
                 ratio = cell.rate / reference.rate
                 rows.append({"round": turn, "model": model, "clients": clients, "server": name, "ratio": ratio, **asdict(cell)})
@@ -94,7 +94,7 @@ def table(rows: list[dict[str, object]], servers: dict[str, str], cells: list[tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each cell")
+    parser.add_argument("--seconds", type=int, default=3, help="of each cell")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL", help="another server with the same models")
     parser.add_argument("--only", action="append", default=[], metavar="MODEL", help="tiny, image or batch")

@@ -71,7 +71,7 @@ def check(url: str, model: str, expected: np.ndarray) -> None:
         raise SystemExit(f"{url}: {model} answers {got[:4]}, expected {expected.ravel()[:4]}")
 
 
-def run(url: str, model: str, clients: int, seconds: float) -> Cell:
+def run(url: str, model: str, clients: int, seconds: int) -> Cell:
     """One cell. Raises: SystemExit: wrk is missing."""
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is missing: apt-get install wrk")

@@ -1,6 +1,7 @@
 """Who may call what: the rules as values, the rules on real sockets."""
 
 import asyncio
+import contextlib
 import os
 import socket
 
@@ -9,7 +10,7 @@ from gateway_rig import AUTH, KEY, Wire, ask, infer_body, post, running
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.errors import ForbiddenError, MalformedRequestError, TetherError, UnauthenticatedError
+from tether.errors import ForbiddenError, MalformedRequestError, UnauthenticatedError
 from tether.gateway.admission import Admission, Keys, Peer, fingerprint, new_key, timeout_of
 from tether.gateway.door import Settings
 from tether.gateway.peers import peer_of
@@ -36,7 +37,14 @@ def test_a_key_is_random_and_kept_as_its_fingerprint_only():
 
 @pytest.mark.parametrize(
     "header",
-    ["", "Bearer", "Bearer ", f"Basic {KEY}", KEY, f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", f"Bearer {KEY[3:]}", f"Bearer {KEY} {KEY}", "Bearer tk_" + "x" * 10_000],
+    [
+        "",
+        "Bearer",
+        KEY,
+        "Bearer tk_" + "x" * 9999,
+        f"Basic {KEY}",
+        *(f"Bearer {key}" for key in ("", KEY[:-1], KEY + "x", KEY[3:], f"{KEY} {KEY}")),
+    ],
     ids=lambda header: header[:12] + str(len(header)),
 )
 def test_what_is_no_valid_key_is_refused(admission, header):
@@ -89,7 +97,21 @@ def test_hosts_that_are_loopback(admission, host):
     admission.check_site({b"host": host.encode()}, ME)
 
 
-@pytest.mark.parametrize("host", ["", "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "x@localhost", "localhost:a", "localhost:99999", "[::1", "::1", "0.0.0.0", "localhost/x"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "x@localhost",
+        "localhost/x",
+        "localhost:a",
+        "localhost:0",
+        "[::1",
+        "::1",
+    ],
+)
 def test_hosts_that_are_not(admission, host):
     with pytest.raises(ForbiddenError):
         admission.check_site({b"host": host.encode()}, ME)
@@ -152,14 +174,16 @@ def test_a_timeout_in_binary_data_is_no_parameter():
         timeout_of({b"x-request-timeout": b"-1"}, head, 0, 60.0)
 
 
-@given(st.dictionaries(st.sampled_from([b"host", b"origin", b"authorization", b"via"]), st.binary(max_size=40)), st.sampled_from(["infer", "manage"]))
+HEADERS = st.dictionaries(st.sampled_from([b"host", b"origin", b"authorization", b"via"]), st.binary(max_size=40))
+
+
+@given(HEADERS, st.sampled_from(["infer", "manage"]))
 def test_no_headers_make_it_fail_otherwise(headers, need):
     admission = Admission(Keys({fingerprint(KEY): "tester"}))
-    for check in (lambda: admission.check_site(headers, ME), lambda: admission.caller(headers, OTHER_USER, need)):
-        try:
-            check()
-        except TetherError as error:
-            assert error.http_status in {401, 403}
+    with contextlib.suppress(ForbiddenError):
+        admission.check_site(headers, ME)
+    with pytest.raises(UnauthenticatedError):
+        admission.caller(headers, OTHER_USER, need)
 
 
 async def _peers(family, address):

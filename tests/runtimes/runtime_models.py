@@ -1,4 +1,4 @@
-"""Small models of every format, built for the tests: an echo, a row-wise layer, a large one, each answering under the name the suite wants."""
+"""Small models of every format, built for the tests: an echo, a row-wise layer, a large one."""
 
 from pathlib import Path
 
@@ -90,7 +90,9 @@ def torch_echo(datatypes):
     scope = {"torch": torch}
     exec(f"def forward(self, {arguments}):\n    return {{{answers}}}", scope)  # noqa: S102
     module = type("Echo", (torch.nn.Module,), {"forward": scope["forward"]})()
-    return module.eval(), tuple(torch.from_numpy(sample(datatype, 2)) for datatype in datatypes)
+    numbers = [sample("FP32" if datatype == "BF16" else datatype, 2) for datatype in datatypes]  # torch takes no bfloat16 from numpy
+    example = [torch.from_numpy(array) for array in numbers]
+    return module.eval(), tuple(tensor.bfloat16() if kind == "BF16" else tensor for kind, tensor in zip(datatypes, example, strict=True))
 
 
 def torch_rows(nbytes=0):

@@ -4,19 +4,13 @@ import pytest
 import runtime_models as models
 
 from tether.testing.requirements import needs
-from tether.testing.runtimes import RuntimeSuite
+from tether.testing.runtimes import MemorySuite, RuntimeSuite
 
-TORCH_IS_WARNING = [
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch 2.13 deprecates TorchScript; users have such files
-]
+TORCH_IS_WARNING = [pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]  # users still have such files
+KERAS_IS_WARNED = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")]
 
 
-@needs("onnx")
-@needs("onnxruntime")
-class TestOnnx(RuntimeSuite):
-    framework, format, code = "onnx", "onnx", False
-    datatypes = ("FP32", "INT64", "BOOL", "FP64", "UINT8", "FP16", "INT8", "BYTES")
-
+class OnnxModels:
     def build_echo(self, folder, datatypes):
         return models.onnx_echo(folder, datatypes)
 
@@ -27,10 +21,7 @@ class TestOnnx(RuntimeSuite):
         return models.onnx_rows(folder, nbytes)
 
 
-class TestOnnxWithExternalData(TestOnnx):
-    cycles = 5
-    datatypes = ("FP32", "BF16", "UINT16", "INT32", "UINT64")
-
+class ExternalOnnxModels(OnnxModels):
     def build_rows(self, folder):
         return models.onnx_rows(folder, external=True).parent
 
@@ -38,11 +29,7 @@ class TestOnnxWithExternalData(TestOnnx):
         return models.onnx_rows(folder, nbytes, external=True).parent
 
 
-@needs("torch")
-class TestPt2(RuntimeSuite):
-    framework, format = "torch", "pt2"
-    datatypes = (*RuntimeSuite.datatypes, "FP16", "BF16")
-
+class Pt2Models:
     def build_echo(self, folder, datatypes):
         return models.save_pt2(folder, *models.torch_echo(datatypes))
 
@@ -53,14 +40,8 @@ class TestPt2(RuntimeSuite):
         return models.save_pt2(folder, *models.torch_rows(nbytes))
 
 
-class TestPt2InARunner(TestPt2):
-    runner, cycles, large_nbytes = True, 2, 1 << 20
-
-
-@needs("torch")
-class TestTorchScript(RuntimeSuite):
-    pytestmark = TORCH_IS_WARNING
-    framework, format, pure, needs_hints = "torch", "torchscript", False, True
+class TorchScriptModels:
+    needs_hints = True
 
     def build_echo(self, folder, datatypes):
         return models.save_torchscript(folder, *models.torch_echo(datatypes))
@@ -72,15 +53,7 @@ class TestTorchScript(RuntimeSuite):
         return models.save_torchscript(folder, *models.torch_rows(nbytes))
 
 
-class TestTorchScriptInARunner(TestTorchScript):
-    runner, cycles, large_nbytes = True, 2, 1 << 20
-
-
-@needs("tensorflow")
-class TestSavedModel(RuntimeSuite):
-    framework, format = "tensorflow", "savedmodel"
-    datatypes = (*RuntimeSuite.datatypes, "BYTES")
-
+class SavedModelModels:
     def build_echo(self, folder, datatypes):
         return models.savedmodel_echo(folder, datatypes)
 
@@ -91,14 +64,7 @@ class TestSavedModel(RuntimeSuite):
         return models.savedmodel_rows(folder, nbytes)
 
 
-class TestSavedModelInARunner(TestSavedModel):
-    runner, cycles, large_nbytes = True, 2, 1 << 20
-
-
-@needs("tensorflow")
-class TestKeras(RuntimeSuite):
-    framework, format = "tensorflow", "keras"
-
+class KerasModels:
     def build_echo(self, folder, datatypes):
         return models.keras_echo(folder, datatypes)
 
@@ -109,14 +75,7 @@ class TestKeras(RuntimeSuite):
         return models.keras_rows(folder, nbytes)
 
 
-class TestKerasInARunner(TestKeras):
-    runner, cycles, large_nbytes = True, 2, 1 << 20
-
-
-class TestCustom(RuntimeSuite):
-    framework, format = "custom", "custom"
-    datatypes = (*RuntimeSuite.datatypes, "BYTES")
-
+class CustomModels:
     def build_echo(self, folder, datatypes):
         return models.custom_echo(folder, datatypes)
 
@@ -127,5 +86,114 @@ class TestCustom(RuntimeSuite):
         return models.custom_rows(folder, nbytes)
 
 
+@needs("onnx")
+@needs("onnxruntime")
+class TestOnnx(OnnxModels, RuntimeSuite):
+    framework, format = "onnx", "onnx"
+    code = False
+    datatypes = ("FP32", "INT64", "BOOL", "FP64", "UINT8", "FP16", "INT8", "BYTES")
+
+
+@needs("onnx")
+@needs("onnxruntime")
+@pytest.mark.slow
+class TestOnnxMemory(OnnxModels, MemorySuite): ...
+
+
+@needs("onnx")
+@needs("onnxruntime")
+class TestExternalOnnx(ExternalOnnxModels, RuntimeSuite):
+    framework, format = "onnx", "onnx"
+    code = False
+    datatypes = ("FP32", "BF16", "UINT16", "INT32", "UINT64")
+
+
+@needs("onnx")
+@needs("onnxruntime")
+@pytest.mark.slow
+class TestExternalOnnxMemory(ExternalOnnxModels, MemorySuite): ...
+
+
+@needs("torch")
+class TestPt2(Pt2Models, RuntimeSuite):
+    framework, format = "torch", "pt2"
+    datatypes = (*RuntimeSuite.datatypes, "FP16", "BF16")
+
+
+@needs("torch")
+class TestPt2InARunner(TestPt2):
+    runner = True
+
+
+@needs("torch")
+@pytest.mark.slow
+class TestPt2Memory(Pt2Models, MemorySuite): ...
+
+
+@needs("torch")
+class TestTorchScript(TorchScriptModels, RuntimeSuite):
+    pytestmark = TORCH_IS_WARNING
+    framework, format = "torch", "torchscript"
+    pure = False
+
+
+@needs("torch")
+class TestTorchScriptInARunner(TestTorchScript):
+    runner = True
+
+
+@needs("torch")
+@pytest.mark.slow
+class TestTorchScriptMemory(TorchScriptModels, MemorySuite):
+    pytestmark = TORCH_IS_WARNING
+
+
+@needs("tensorflow")
+class TestSavedModel(SavedModelModels, RuntimeSuite):
+    framework, format = "tensorflow", "savedmodel"
+    datatypes = (*RuntimeSuite.datatypes, "BYTES")
+
+
+@needs("tensorflow")
+class TestSavedModelInARunner(TestSavedModel):
+    runner = True
+
+
+@needs("tensorflow")
+@pytest.mark.slow
+class TestSavedModelMemory(SavedModelModels, MemorySuite): ...
+
+
+@needs("tensorflow")
+class TestKeras(KerasModels, RuntimeSuite):
+    pytestmark = KERAS_IS_WARNED
+    framework, format = "tensorflow", "keras"
+
+
+@needs("tensorflow")
+class TestKerasInARunner(TestKeras):
+    runner = True
+
+
+@needs("tensorflow")
+@pytest.mark.slow
+class TestKerasMemory(KerasModels, MemorySuite):
+    pytestmark = KERAS_IS_WARNED
+
+
+class TestCustom(CustomModels, RuntimeSuite):
+    framework, format = "custom", "custom"
+    datatypes = (*RuntimeSuite.datatypes, "BYTES")
+
+
 class TestCustomInARunner(TestCustom):
+    runner = True
+
+
+@pytest.mark.slow
+class TestCustomMemory(CustomModels, MemorySuite): ...
+
+
+@pytest.mark.slow
+class TestCustomMemoryInARunner(TestCustomMemory):
     runner = True

@@ -1,5 +1,6 @@
 """Open Inference Protocol bodies: whatever goes in comes out, and whatever is wrong raises one of our errors and nothing else."""
 
+import contextlib
 import json
 import math
 import struct
@@ -202,7 +203,7 @@ BAD_INPUT = {
     "name __proto__": body(name="__proto__"),
     "no inputs": b'{"inputs":[]}',
     "twice the same": json.dumps({"inputs": json.loads(body())["inputs"] * 2}).encode(),
-    "10^5 inputs": json.dumps({"inputs": [{"name": f"n{i}", "datatype": "FP32", "shape": [], "data": []} for i in range(100_000)]}).encode(),
+    "10^5 inputs": json.dumps({"inputs": [{"name": f"{i}", "datatype": "FP32", "shape": [], "data": []} for i in range(100_000)]}).encode(),
     "output of nobody": body(info={"outputs": [{"name": "z"}]}),
     "output twice": body(info={"outputs": [{"name": "y"}, {"name": "y"}]}),
 }
@@ -384,12 +385,10 @@ def test_mutated_bodies_raise_only_our_errors(data):
                 space[at:at] = data.draw(st.sampled_from([b"[", b"{", b'"', b",", b"-", b"1e9", b"null", b"\0", b"\xff"]))
         if not space:
             break
-    try:
+    with contextlib.suppress(RequestError):
         request = decode_request(bytes(space), head + data.draw(st.integers(-2, 2)) if head else 0, X4)
-    except TetherError as error:
-        assert error.http_status in {400, 501}
-    else:
         assert request.inputs["x"].dtype == np.float32
+        assert request.inputs["x"].shape[1:] == (4,)
 
 
 @settings(max_examples=200, deadline=None)

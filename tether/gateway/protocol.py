@@ -1,7 +1,7 @@
 """uvicorn's HTTP protocol with a fast lane: `POST /v2/models/…/infer` never becomes an ASGI scope; all else goes the normal way.
 
 The lane saves ~35 µs of scope, task and events a request. It reads attributes that uvicorn does not document; `UVICORN_USES` names them
-and a test fails if one goes. What uvicorn leaves open is bounded here for both lanes: sizes of headers and bodies, stalling and idle clients.
+and a test fails if one goes. What uvicorn leaves open is bounded here for both lanes: sizes of headers and bodies, stalls, idleness.
 
 Order of answers: uvicorn keeps the newest message in `cycle` and those that wait in `pipeline`; a `Lane` stands in both like its own
 `RequestResponseCycle`. A message that is refused is a `Lane` too, so that its error comes in its turn.
@@ -17,15 +17,14 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tether.errors import (
-    HeadersTooLargeError,
     InternalError,
     MalformedRequestError,
-    PayloadTooLargeError,
     RequestTimeoutError,
     TetherError,
 )
 from tether.gateway.admission import PROXIED, Headers, Peer
 from tether.gateway.door import Door
+from tether.gateway.heads import Head, body_too_large, check_head, headers_too_large, prelude
 from tether.gateway.lane import Lane, head_of
 from tether.gateway.peers import cut_off, peer_of, unsent
 from tether.ports import HopReply
@@ -33,8 +32,8 @@ from tether.ports import HopReply
 __all__ = ["UVICORN_USES", "FastProtocol", "protocol_class"]
 
 UVICORN_USES: Final = frozenset(
-    {"_start_asgi_task", "connections", "cycle", "expect_100_continue", "flow", "headers", "loop", "on_response_complete", "on_message_begin",
-     "parser", "pipeline", "scope", "server_state", "transport"}
+    {"_start_asgi_task", "connections", "cycle", "expect_100_continue", "flow", "headers", "loop", "on_message_begin",
+     "on_response_complete", "parser", "pipeline", "scope", "server_state", "transport"}
 )  # fmt: skip
 """Attributes of HttpToolsProtocol that this module relies on."""
 
@@ -47,8 +46,6 @@ _LINGER: Final = 2.0
 """Seconds that the rest of a refused body is read: closing at once would reset the connection and take the answer with it."""
 _JOINED: Final = 1 << 16
 """Bytes up to which head and body are joined for one write; larger bodies are not copied."""
-_ONCE: Final = frozenset({b"authorization", b"host", b"inference-header-content-length", b"origin"})
-"""Headers that must not come twice: two readers could take different ones."""
 
 
 class FastProtocol(HttpToolsProtocol):
@@ -103,7 +100,7 @@ class FastProtocol(HttpToolsProtocol):
             if self._in_headers and message == self._messages:  # all of it was headers of one message
                 self._head_nbytes += self._chunk
                 if self._head_nbytes > self.door.settings.header_nbytes:
-                    self._stop(self._headers_too_large())
+                    self._stop(headers_too_large(self.door.settings))
 
     def _parse(self, data: bytes) -> None:
         while True:
@@ -116,8 +113,8 @@ class FastProtocol(HttpToolsProtocol):
                 return
 
     def _go_on_after_upgrade(self) -> None:
-        """We offer no upgrade, which is to be ignored then (RFC 9110 §7.8); the parser stops at it and skips the body. So a new one goes on,
-        which is told first what kind of body comes. Java's client asks for HTTP/2 this way in every request.
+        """We offer no upgrade, which is to be ignored then (RFC 9110 §7.8); the parser stops at it and skips the body. So a new one
+        goes on, which is told first what kind of body comes. Java's client asks for HTTP/2 this way in every request.
         """
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -142,11 +139,12 @@ class FastProtocol(HttpToolsProtocol):
         if self._replaying:
             return
         sent = dict(self.headers)
-        self._check_head(sent)
+        fits = self._head_nbytes + self._chunk <= self.door.settings.header_nbytes  # else they must be added up
+        check_head(Head(self.url, self.headers, self.parser.get_http_version(), fits), sent, self.door.settings)
         self._in_headers = False
         self._in_body = True
         if self.parser.should_upgrade():
-            self._skipped = _prelude(sent)
+            self._skipped = prelude(sent)
         post = self.parser.get_method() == b"POST"
         target = self.door.target(self.url) if post and b"content-encoding" not in sent else None
         if target is None:
@@ -160,22 +158,6 @@ class FastProtocol(HttpToolsProtocol):
             self._refuse_early(lane, error)
         lane.expects = lane.error is None and sent.get(b"expect", b"").lower() == b"100-continue"
         self._enqueue(lane)
-
-    def _check_head(self, sent: Headers) -> None:
-        settings = self.door.settings
-        headers = self.headers
-        if len(headers) > settings.header_count or (
-            self._head_nbytes + self._chunk > settings.header_nbytes  # else no need to add them up
-            and len(self.url) + sum([len(name) + len(value) for name, value in headers]) > settings.header_nbytes
-        ):
-            raise self._headers_too_large()
-        if len(sent) != len(headers):
-            _check_doubles(headers)
-        if b"host" not in sent and self.parser.get_http_version() == "1.1":
-            raise MalformedRequestError("the Host header is missing; HTTP/1.1 needs it")
-        length = sent.get(b"content-length")
-        if length is not None and int(length) > settings.limits.body_nbytes:
-            raise self._too_large()
 
     def _leave_to_asgi(self, sent: Headers) -> None:
         url, headers = self.url, self.headers
@@ -222,7 +204,7 @@ class FastProtocol(HttpToolsProtocol):
             return
         self._body_nbytes += len(body)
         if self._body_nbytes > self.door.settings.limits.body_nbytes:  # Content-Length was checked: this one is chunked
-            raise self._too_large()
+            raise body_too_large(self.door.settings)
         if self._lane is not None:
             self._lane.feed(body)
         else:
@@ -238,14 +220,6 @@ class FastProtocol(HttpToolsProtocol):
             super().on_message_complete()
         elif not self._deaf:
             lane.complete()
-
-    def _headers_too_large(self) -> TetherError:
-        settings = self.door.settings
-        return HeadersTooLargeError(f"the headers are over {settings.header_nbytes} bytes or {settings.header_count} lines; send fewer")
-
-    def _too_large(self) -> TetherError:
-        limit = self.door.settings.limits.body_nbytes
-        return PayloadTooLargeError(f"the body is over the limit of {limit} bytes; send smaller batches")
 
     def _stop(self, error: TetherError) -> None:
         """Nothing more is read of this connection: answer with `error` in its turn, then close."""
@@ -370,21 +344,6 @@ class FastProtocol(HttpToolsProtocol):
             cut_off(self.transport)
         else:
             self.transport.close()
-
-
-def _prelude(sent: Headers) -> bytes:
-    """A request whose body is framed as that of `sent`; empty where it has none."""
-    if b"transfer-encoding" in sent:
-        return b"POST / HTTP/1.1\r\ntransfer-encoding: %b\r\n\r\n" % sent[b"transfer-encoding"]
-    length = int(sent.get(b"content-length", b"0"))
-    return b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % length if length else b""
-
-
-def _check_doubles(headers: list[tuple[bytes, bytes]]) -> None:
-    names = [name for name, _value in headers]
-    for name in _ONCE:
-        if names.count(name) > 1:
-            raise MalformedRequestError(f"the header {name.decode()} comes twice; send it once")
 
 
 def _refusal(error: httptools.HttpParserError) -> TetherError:

@@ -53,7 +53,9 @@ class OnnxRuntime:
         inputs = tuple(map(_spec, session.get_inputs()))
         outputs = tuple(map(_spec, session.get_outputs()))
         if {"BF16", "BYTES"} <= {spec.datatype for spec in (*inputs, *outputs)}:
-            raise BadModelError("ONNX Runtime's Python interface can't mix strings and bfloat16 in one model; cast the latter to float in the graph")
+            raise BadModelError(
+                "ONNX Runtime's Python interface can't mix strings and bfloat16 in one model; cast the latter to float in the graph"
+            )
         together = tensors.batched(inputs, outputs)
         return ModelInfo("onnx", "onnx", inputs, outputs, batched=together, pure=True, code=False)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from tether.errors import BadModelError
 from tether.runtimes import tensors
-from tether.types import Array, Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec
+from tether.types import Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec
 
 __all__ = ["TensorFlowModel", "TensorFlowRuntime"]
 
@@ -45,7 +45,7 @@ _IMPURE = (
 )
 """Beginnings of the names of operations that keep something or answer differently each time."""
 _SIGNATURE = "serving_default"
-_Call = Callable[[list[Any]], Mapping[str, Any]]
+_Call = Callable[[Tensors], Mapping[str, Any]]
 _Loaded = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], bool, _Call]
 """Inputs, outputs, whether pure, and the function."""
 
@@ -93,7 +93,7 @@ class TensorFlowModel:
         with tensors.failures("the model failed"):
             if self._call is None:
                 raise RuntimeError("it is closed")
-            outputs = self._call([inputs[spec.name] for spec in self.info.inputs])
+            outputs = self._call(inputs)
             plain = {name: value.numpy() for name, value in outputs.items()}
         return tensors.conform(plain, self.info.outputs)
 
@@ -133,13 +133,14 @@ def _load_saved(path: Path) -> _Loaded:
         raise BadModelError(f"the SavedModel has no signature {_SIGNATURE!r} (it has: {names}); save it with signatures=model.call")
     function = loaded.signatures[_SIGNATURE]
     taken = function.structured_input_signature[1]
-    inputs = tuple(_spec(name, taken[name]) for name in taken)
-    outputs = tuple(_spec(name, value) for name, value in function.structured_outputs.items())
+    # By name: the file keeps them in a protobuf map, whose order is another one in each process.
+    inputs = tuple(_spec(name, taken[name]) for name in sorted(taken))
+    outputs = tuple(_spec(name, value) for name, value in sorted(function.structured_outputs.items()))
 
-    def call(arrays: list[Any], keep: Any = loaded) -> Mapping[str, Any]:
+    def call(arrays: Tensors, keep: Any = loaded) -> Mapping[str, Any]:
         """`keep`: a signature does not hold on to the variables of its model."""
         del keep
-        values = {name: _tensor(tf, array, taken[name].dtype) for name, array in zip(taken, arrays, strict=True)}
+        values = {name: tf.convert_to_tensor(arrays[name], spec.dtype) for name, spec in taken.items()}
         answer: Mapping[str, Any] = function(**values)
         return answer
 
@@ -176,8 +177,8 @@ def _load_keras(file: Path) -> _Loaded:
         answered = graph.get_concrete_function().structured_outputs
     outputs = tuple(_spec(name, value) for name, value in answered.items())
 
-    def call(arrays: list[Any]) -> Mapping[str, Any]:
-        answer: Mapping[str, Any] = graph(*(_tensor(tf, array, value.dtype) for array, value in zip(arrays, taken, strict=True)))
+    def call(arrays: Tensors) -> Mapping[str, Any]:
+        answer: Mapping[str, Any] = graph(*(tf.convert_to_tensor(arrays[value.name], value.dtype) for value in taken))
         return answer
 
     return inputs, outputs, pure, call
@@ -201,7 +202,3 @@ def _spec(name: str, value: Any) -> TensorSpec:
     if getattr(value.shape, "rank", 0) is None:
         raise BadModelError(f"{name!r} has no known rank; give it a shape in the signature (None for what varies)")
     return TensorSpec(name, _DATATYPES[kind], tuple(-1 if size is None else int(size) for size in value.shape))
-
-
-def _tensor(tf: Any, array: Array, dtype: Any) -> Any:
-    return tf.convert_to_tensor(array, dtype=dtype)

@@ -90,6 +90,8 @@ class _Sandbox:
     deadline: float
     answer: bytearray = field(default_factory=bytearray)
     tail: bytes = b""
+    looked: float = 0.0
+    """When memory was last measured."""
 
     @classmethod
     def start(cls, function: str, argument: Any, limits: Limits, scratch: str) -> _Sandbox:
@@ -148,8 +150,10 @@ class _Sandbox:
             return f"took longer than {self.limits.seconds:g} s"
         if len(self.answer) > _ANSWER_NBYTES:
             return f"describes itself in more than {_mib(_ANSWER_NBYTES)}"
-        if _resident_nbytes(self.process.pid) > self.limits.memory_nbytes:
-            return f"needs more than {_mib(self.limits.memory_nbytes)} of memory"
+        if time.monotonic() > self.looked + _TICK:  # it costs milliseconds, and a flood of output comes by here for each chunk
+            self.looked = time.monotonic()
+            if _resident_nbytes(self.process.pid) > self.limits.memory_nbytes:
+                return f"needs more than {_mib(self.limits.memory_nbytes)} of memory"
         return None
 
     def __enter__(self) -> Self:

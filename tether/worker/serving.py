@@ -124,7 +124,8 @@ class ModelServer:
     def stop(self, timeout: float = 30.0) -> None:
         """Answer what has arrived, then close the socket and free the model. Blocks until done."""
         self._stopping = True
-        self._waker.send(b"x")
+        with contextlib.suppress(OSError):  # its thread has ended by itself
+            self._waker.send(b"x")
         self._thread.join(timeout)
 
     def _serve(self) -> None:
