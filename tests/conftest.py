@@ -1,6 +1,10 @@
 """For every test: hypothesis' profile, and at the end of the run one list of what was missing on this machine."""
 
+import dataclasses
+import datetime as dt
 import os
+import subprocess
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,6 +16,34 @@ REQUIRE = "TETHER_REQUIRE"
 hypothesis.settings.register_profile("here", derandomize=True, deadline=None, max_examples=50, print_blob=True)
 hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("here"), max_examples=30)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+CHAOS_RESULTS = Path(__file__).parent / "chaos" / "RESULTS.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chaos:
+    """How large a row of faults is run: `make chaos` sets seed and scale, `make test` runs the same code small."""
+
+    seed: int
+    scale: float
+
+    def count(self, full: int, small: int) -> int:
+        """How many of something: `full` at scale 1, never under `small`, which is what `make test` runs."""
+        return max(small, round(full * self.scale))
+
+    def record(self, row: int, counts: str, seconds: float) -> None:
+        """Append what was seen to the project's record; a small run leaves none."""
+        if not self.scale:
+            return
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        with CHAOS_RESULTS.open("a", encoding="utf-8") as file:
+            file.write(f"| {dt.datetime.now(tz=dt.UTC).date()} | {commit} | {row} | {self.seed} | {self.scale:g} | {counts} | {seconds:.0f} |\n")
+
+
+@pytest.fixture(scope="session")
+def chaos() -> Chaos:
+    return Chaos(int(os.environ.get("TETHER_CHAOS_SEED") or 20_260_801), float(os.environ.get("TETHER_CHAOS_SCALE") or 0))
 
 
 MISSING = ("needs ", "could not import ")

@@ -96,10 +96,9 @@ def test_hints_come_from_the_folder_where_it_has_some(tmp_path):
     from tether.runtimes import inspect
 
     (models.custom_rows(tmp_path) / "model.py").write_text("class M:\n    def predict(self, x): return x\n")
-    write(
-        tmp_path / ".tether" / "signature.json",
-        b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}], "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 2]}]}',
-    )
+    spec = '{"name": "%s", "datatype": "FP32", "shape": [-1, 2]}'
+    signature = f'{{"inputs": [{spec % "x"}], "outputs": [{spec % "y"}]}}'
+    write(tmp_path / ".tether" / "signature.json", signature.encode())
     info = inspect(tmp_path)
     assert (info.inputs[0].name, info.outputs[0].name, info.batched) == ("x", "y", True)
 

@@ -14,7 +14,7 @@ NAMES = ("model.onnx", "weights/a.bin", "weights/b.bin", "weights/deep/c.bin", "
 
 
 def seeded(seed: int) -> random.Random:
-    return random.Random(seed)  # noqa: S311 (test data, the same each time)
+    return random.Random(seed)
 
 
 def files_of(seed: int, nbytes: int = 40_000) -> dict[str, bytes]:

@@ -70,7 +70,7 @@ class Keys:
         """
         sent = _KEY.fullmatch(authorization.strip())
         if sent is None:
-            raise UnauthenticatedError("the Authorization header is not 'Bearer tk_…'; `tether keys create` makes a key")
+            raise UnauthenticatedError("the Authorization header is not 'Bearer tk_…'; the lab's key is in keys/api-key of its data folder")
         digest = hashlib.sha256(sent[1]).hexdigest()
         found = None
         for known, name in self._names.items():  # all of them, each compared in constant time
@@ -78,7 +78,7 @@ class Keys:
                 found = name
         if found is None:
             raise UnauthenticatedError(
-                "the API key is not valid: mistyped, revoked or of another lab; `tether keys list` shows the valid ones"
+                "the API key is not valid: mistyped, or of another lab; this lab's is in keys/api-key of its data folder"
             )
         return found
 
@@ -141,7 +141,7 @@ class Admission:
             return self.keys.name(authorization)
         if peer.loopback and PROXIED.isdisjoint(headers) and (need == "metrics" or (need == "infer" and peer.same_user)):
             return None
-        raise UnauthenticatedError("an API key is needed: send 'Authorization: Bearer tk_…'; `tether keys create` makes one")
+        raise UnauthenticatedError("an API key is needed: send 'Authorization: Bearer tk_…'; the lab's key is in keys/api-key of its data folder")
 
 
 def _host_name(host: bytes) -> str:

@@ -104,7 +104,8 @@ def read_tensors(path: Path) -> Tensors:
     Raises: BadInputError: no such file, or not one that holds plain arrays.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # opened here, since numpy leaves its own file open where it finds no archive in it
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # numpy lets zipfile's, zlib's and its own errors through
         raise BadInputError(f"{path.name} can't be read as .npz ({tensors.first_line(error)}); write it with numpy.savez") from error

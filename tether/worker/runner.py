@@ -103,7 +103,7 @@ class RunnerPool:
         """A process for one model of the framework: the spare, or a new one."""
         with self._lock:
             spare = self._spares.pop(framework, None)
-        if spare is not None and spare.alive:
+        if spare is not None and spare.is_warm():
             return spare
         if spare is not None:
             spare.close()
@@ -236,8 +236,14 @@ class _Process:
     def pid(self) -> int:
         return self._popen.pid
 
-    @property
-    def alive(self) -> bool:
+    def is_warm(self) -> bool:
+        """Whether it lives, once it has done what it was told before; waits for that."""
+        try:
+            while self._owed:
+                _receive(self._socket, _REPLIES)
+                self._owed -= 1
+        except _DeadError:
+            return False
         return self._popen.poll() is None
 
     def ask(self, message: _Load | _Run) -> _Done:
@@ -246,9 +252,6 @@ class _Process:
         Raises: _DeadError; the error of the tree that the runner answered.
         """
         _send(self._socket, message)
-        for _ in range(self._owed):  # the library's import: if that failed, so does the load, and says more
-            _receive(self._socket, _REPLIES)
-        self._owed = 0
         reply = _receive(self._socket, _REPLIES)
         if isinstance(reply, _Failed):
             raise from_code(reply.code, *reply.args)
