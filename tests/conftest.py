@@ -38,7 +38,8 @@ class Chaos:
             return
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         with CHAOS_RESULTS.open("a", encoding="utf-8") as file:
-            file.write(f"| {dt.datetime.now(tz=dt.UTC).date()} | {commit} | {row} | {self.seed} | {self.scale:g} | {counts} | {seconds:.0f} |\n")
+            today = dt.datetime.now(tz=dt.UTC).date()
+            file.write(f"| {today} | {commit} | {row} | {self.seed} | {self.scale:g} | {counts} | {seconds:.0f} |\n")
 
 
 @pytest.fixture(scope="session")

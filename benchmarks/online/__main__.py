@@ -91,6 +91,20 @@ def table(rows: list[dict[str, object]], servers: dict[str, str], cells: list[tu
     return "\n".join(lines)
 
 
+def start(lab: tether.Lab, paths: dict[str, Path], begun: float) -> dict[str, float]:
+    """Publish the models; seconds from `tether.up` to the first good answer, and from the first asking for a cold model to its answer."""
+    lab.publish("tiny", paths["tiny"], example=models.row("tiny"))
+    lab.infer("tiny", models.row("tiny"))
+    first = time.perf_counter() - begun
+    for name in ("image", "batch"):
+        lab.publish(name, paths[name], example=models.row(name))
+    asked = time.perf_counter()
+    lab.infer("batch", models.row("batch"))
+    cold = time.perf_counter() - asked
+    lab.infer("image", models.row("image"))
+    return {"up to first good answer": first, "cold model of 21 MB": cold}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -102,9 +116,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tether-bench-") as folder:
         paths = models.make(Path(folder) / "models")
-        with floor(Path(folder) / "models") as base, tether.up(workers=options.workers, data=Path(folder) / "data") as lab:
-            for name, path in paths.items():
-                lab.publish(name, path, example=models.row(name))
+        begun = time.perf_counter()
+        with tether.up(workers=options.workers, data=Path(folder) / "data") as lab, floor(Path(folder) / "models") as base:
+            starts = start(lab, paths, begun)
             servers = {"floor": base, "tether": str(lab.gateway), **dict(peer.split("=", 1) for peer in options.peer)}
             answers = expected(paths)
             for url in servers.values():
@@ -115,7 +129,10 @@ def main() -> None:
     text = table(rows, servers, cells)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(), "tether": tether.__version__}
-    options.out.write_text(json.dumps({"machine": machine, "workers": options.workers, "table": text, "cells": rows}, indent=1))
+    options.out.write_text(
+        json.dumps({"machine": machine, "workers": options.workers, "starts": starts, "table": text, "cells": rows}, indent=1)
+    )
+    print(", ".join(f"{what} {seconds:.2f} s" for what, seconds in starts.items()))
     print(f"× floor (median of {options.rounds} paired rounds), requests a second, 99th percentile; {machine}\n\n{text}")
 
 

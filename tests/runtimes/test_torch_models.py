@@ -37,7 +37,7 @@ def served(path):
 def test_nested_arguments_keywords_and_constants_keep_their_places(tmp_path):
     import torch
 
-    def forward(self, x, factor, pair, *, more):
+    def forward(_self, x, factor, pair, *, more):
         return x * factor + pair["a"] - pair["b"], more
 
     tensor = torch.from_numpy(X)
@@ -50,7 +50,7 @@ def test_nested_arguments_keywords_and_constants_keep_their_places(tmp_path):
 
 
 def test_sizes_that_were_fixed_at_export_stay_fixed_and_are_no_batch(tmp_path):
-    def forward(self, x):
+    def forward(_self, x):
         return x + 1
 
     import torch
@@ -61,7 +61,7 @@ def test_sizes_that_were_fixed_at_export_stay_fixed_and_are_no_batch(tmp_path):
 
 
 def test_an_answer_over_all_rows_is_no_batch_even_if_its_length_varies(tmp_path):
-    def forward(self, x):
+    def forward(_self, x):
         return x, x.repeat(2, 1)
 
     import torch
@@ -73,15 +73,34 @@ def test_an_answer_over_all_rows_is_no_batch_even_if_its_length_varies(tmp_path)
     assert answer["output_1"].shape == (4, 3)
 
 
-def test_a_model_that_remembers_is_not_pure(tmp_path):
+def remembers(self, x):
+    self.seen.add_(1)
+    return x + self.seen
+
+
+def remembers_in_a_view(self, x):
+    self.seen.view(1, 1)[0].add_(1)
+    return x + self.seen
+
+
+def draws(_self, x):
     import torch
 
-    def forward(self, x):
-        self.seen.add_(1)
-        return x + self.seen
+    return x + torch.rand_like(x)
+
+
+def works_in_place(_self, x):
+    import torch
+
+    return torch.nn.functional.dropout((x + 1).view(-1).relu_(), training=False)
+
+
+@pytest.mark.parametrize(("forward", "pure"), [(remembers, False), (remembers_in_a_view, False), (draws, False), (works_in_place, True)])
+def test_a_model_that_remembers_or_draws_is_not_pure(tmp_path, forward, pure):
+    import torch
 
     torch.export.save(torch.export.export(module(forward, seen=torch.zeros(1)), (torch.from_numpy(X),)), tmp_path / "m.pt2")
-    assert inspect(tmp_path / "m.pt2").pure is False
+    assert inspect(tmp_path / "m.pt2").pure is pure
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
@@ -97,9 +116,8 @@ def script(folder, source):
     """A scripted module with that `forward`."""
     import torch
 
-    made = torch.jit.CompilationUnit  # noqa: F841 (imports it before the class below is compiled)
-    scripted = torch.jit.ScriptModule()
-    scripted.define(source)
+    scripted = type(f"Scripted{abs(hash(source))}", (torch.jit.ScriptModule,), {})()  # a class holds one forward only
+    scripted.define(f"{source}\n")
     scripted.save(str(folder / "m.pt"))
     return folder / "m.pt"
 

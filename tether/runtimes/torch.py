@@ -141,7 +141,7 @@ class _Exported:
         firsts = {str(value.shape[0]) for _, value in (*self._inputs, *self._outputs) if value.dim()}
         together = tensors.batched(inputs, outputs) and len(firsts) == 1
         signature = self._program.graph_signature
-        pure = not signature.buffers_to_mutate and not signature.user_inputs_to_mutate
+        pure = not (signature.buffers_to_mutate or signature.user_inputs_to_mutate or _is_impure(self._program.graph_module))
         return ModelInfo("torch", "pt2", inputs, outputs, batched=together, pure=pure, code=True)
 
     def callable(self) -> Callable[[list[Any]], Mapping[str, Any]]:
@@ -170,6 +170,35 @@ class _Exported:
         spec = self._program.call_spec.out_spec
         keys = [str(key) for key in spec.context] if spec.type is dict else []
         return keys if len(keys) == count else [f"output_{index}" for index in range(count)]
+
+
+def _is_impure(module: Any) -> bool:
+    """Whether an operation of the graph writes to a buffer, a parameter or an input, or draws random numbers.
+
+    `graph_signature` tells it only of graphs that were functionalized, which `torch.export.export` leaves undone since torch 2.5.
+    """
+    graphs = [part.graph for part in module.modules() if hasattr(part, "graph")]
+    return any(_node_is_impure(node) for graph in graphs for node in graph.nodes if hasattr(node.target, "_schema"))
+
+
+def _node_is_impure(node: Any) -> bool:
+    operation = node.target
+    if any(tag.name == "nondeterministic_seeded" for tag in operation.tags):
+        return "dropout" not in str(operation) or node.args[-1] is not False  # dropout(x, p, train)
+    arguments = operation._schema.arguments  # noqa: SLF001 (torch has no public name for it)
+    return any(
+        argument.alias_info is not None and argument.alias_info.is_write and index < len(node.args) and _is_outside(node.args[index])
+        for index, argument in enumerate(arguments)
+    )
+
+
+def _is_outside(node: Any) -> bool:
+    """Whether a tensor is, or is a view of, one that came into the graph, rather than one that the graph made (an in-place ReLU's)."""
+    while getattr(node, "op", None) == "call_function" and hasattr(node.target, "_schema"):
+        if not any(answer.alias_info is not None for answer in node.target._schema.returns):  # noqa: SLF001 (as above)
+            return False
+        node = node.args[0]
+    return getattr(node, "op", None) == "placeholder"
 
 
 def _library() -> Any:
