@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 from blake3 import blake3
-from fake_gateway import KEY, npz_names, rows, spec
+from fake_gateway import KEY, rows, spec
 
 import tether
 from tether.client.http import HttpClient
@@ -21,7 +21,6 @@ from tether.errors import (
     LabRunningError,
     MalformedManifestError,
     NoLabError,
-    NotFoundError,
     ServiceUnavailableError,
     UnauthenticatedError,
     UnknownAliasError,
@@ -44,13 +43,6 @@ def test_publish_then_infer_numpy_in_numpy_out(lab, model_file):
 
 def test_the_same_bytes_are_the_same_version(lab, model_file):
     assert str(lab.publish("digits", model_file)) == str(lab.publish("digits", model_file)) == "digits:1"
-
-
-def test_a_publish_returns_when_the_gateway_serves_it(lab, gateway, model_file):
-    gateway.unaware = 3
-    lab.publish("digits", model_file)
-    assert gateway.unaware == 0
-    np.testing.assert_array_equal(lab.infer("digits", rows()), rows())
 
 
 def two_versions(lab, model_file):
@@ -145,16 +137,6 @@ def test_rollback_alias_and_verify(lab, gateway, model_file):
     assert not found
     assert [problem.digest for problem in found.problems] == [digest]
     assert lab.verify("digits:1")
-
-
-def test_the_example_comes_back_under_the_input_s_name(lab, gateway, model_file):
-    lab.publish("digits", model_file, example=rows())
-    np.testing.assert_array_equal(lab.example("digits")["x"], rows())
-    assert npz_names(gateway.blobs[gateway.manifests["digits", 1]["arrays"][0]["segments"][0][0]]) == ["arr_0.npy"]
-    model_file.write_bytes(b"without")
-    lab.publish("digits", model_file)
-    with pytest.raises(NotFoundError, match="without an example"):
-        lab.example("digits")
 
 
 def test_an_export_is_what_was_published(lab, tmp_path):

@@ -24,8 +24,9 @@ def test_a_published_model_answers(lab, tiny):
     assert (tiny.version, tiny.framework, tiny.example) == (1, "onnx", True)
 
 
-def test_the_same_bytes_again_are_the_same_version(lab, tiny, tmp_path):
-    again = lab.publish(tiny.name, tmp_path / "model.onnx", example=X[:1])
+def test_the_same_bytes_again_are_the_same_version_however_the_example_is_given(lab, tiny, tmp_path):
+    again = lab.publish(tiny.name, tmp_path / "model.onnx", example={"x": X[:1].astype(np.float64)})
+    np.testing.assert_array_equal(lab.example(tiny.name)["x"], X[:1])
     assert (again.version, again.digest) == (tiny.version, tiny.digest)
     assert len(lab.models[tiny.name].versions) == 1
 

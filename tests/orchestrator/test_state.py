@@ -36,13 +36,13 @@ def running(*events, copies=2):
     return state
 
 
-def test_a_wanted_model_is_loaded_on_two_workers_and_routed_when_they_answer():
+def test_a_wanted_model_is_loaded_once_routed_and_then_copied():
     state = running(catalog(1), joined(1), joined(2), joined(3))
-    loads = of(state.handle(ModelWanted(version()), 1.0), Load)
-    assert [load.address for load in loads] == ["tls://w1", "tls://w2"]
+    assert of(state.handle(ModelWanted(version()), 1.0), Load) == [Load("tls://w1", version())]
     assert state.table.resolve("digits").state == "loading"
-    pushes = of(state.handle(Loaded("tls://w1", version(), "/s/1"), 1.1), Push)
-    assert [route.endpoint for route in pushes[-1].table.resolve("digits").routes] == ["/s/1"]
+    instructions = state.handle(Loaded("tls://w1", version(), "/s/1"), 1.1)
+    assert of(instructions, Load) == [Load("tls://w2", version())]
+    assert [route.endpoint for route in of(instructions, Push)[-1].table.resolve("digits").routes] == ["/s/1"]
 
 
 def test_asking_again_while_it_loads_asks_no_worker_twice():
@@ -51,11 +51,12 @@ def test_asking_again_while_it_loads_asks_no_worker_twice():
 
 
 def test_a_lost_worker_is_replaced_by_the_next_one():
-    state = running(catalog(1), joined(1), joined(2), joined(3), ModelWanted(version()), Loaded("tls://w1", version(), "/s/1"))
+    loaded = [Loaded(f"tls://w{number}", version(), f"/s/{number}") for number in (1, 2)]
+    state = running(catalog(1), joined(1), joined(2), joined(3), ModelWanted(version()), *loaded)
     instructions = state.handle(WorkerLeft("tls://w1"), 2.0)
     assert of(instructions, Load) == [Load("tls://w3", version())]
     assert state.table.workers[WorkerId("worker-1")].state == "lost"
-    assert state.table.resolve("digits").routes == ()
+    assert [route.endpoint for route in state.table.resolve("digits").routes] == ["/s/2"]
 
 
 def test_a_worker_that_comes_back_gets_its_models_again():

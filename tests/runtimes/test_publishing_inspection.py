@@ -1,13 +1,12 @@
 """One trip to the sandbox tells a publish all: the metadata, the example as the model takes it, and its answer."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 import runtime_models as models
 
 from tether.errors import BadInputError, BadModelError, MissingDependencyError
 from tether.runtimes.inspecting import inspect_in_sandbox, inspect_model
-from tether.runtimes.signatures import Signature, fit, read_tensors, write_tensors
+from tether.runtimes.signatures import Signature, fit
 from tether.testing.requirements import needs
 from tether.types import TensorSpec
 
@@ -125,29 +124,6 @@ WORDS = np.array([b"a", b"b"], object)
 def test_an_example_that_does_not_fit_says_where(given, words):
     with pytest.raises(BadInputError, match=words):
         fit(given, SPECS)
-
-
-def test_tensors_of_every_kind_survive_the_file(tmp_path):
-    words = np.array([["ä".encode(), b""], [b"long enough", b"x"]], object)
-    given = {"w": words, "b": np.ones(3, ml_dtypes.bfloat16), "f": np.float32(2), "t": np.zeros((0, 2), bool)}
-    write_tensors(tmp_path / "t.npz", given)
-    found = read_tensors(tmp_path / "t.npz")
-    for name, array in given.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 but no zip", b"\x80\x04."])
-def test_a_file_that_holds_no_tensors_is_an_error(tmp_path, content):
-    (tmp_path / "t.npz").write_bytes(content)
-    with pytest.raises(BadInputError, match=r"numpy\.savez"):
-        read_tensors(tmp_path / "t.npz")
-
-
-def test_a_pickle_in_the_example_is_not_opened(tmp_path):
-    np.savez(tmp_path / "t.npz", x=np.array([object()]))
-    with pytest.raises(BadInputError, match="can't be read"):
-        read_tensors(tmp_path / "t.npz")
 
 
 def test_a_signature_is_plain_json():

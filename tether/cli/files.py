@@ -33,7 +33,7 @@ def publish(
     *, name: str, path: str, framework: str | None, alias_: str | None, example: str | None, tags: dict[str, str], target: Target
 ) -> None:
     """Make the file or folder PATH the next version of model NAME."""
-    from tether.lab.tensors import from_npz  # numpy: not for `--help`
+    from tether.wire.npz import from_npz  # numpy: not for `--help`
 
     tensors = None if example is None else from_npz(Path(example).read_bytes())
     with target.connect() as lab:

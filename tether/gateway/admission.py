@@ -141,7 +141,7 @@ class Admission:
             return self.keys.name(authorization)
         if peer.loopback and PROXIED.isdisjoint(headers) and (need == "metrics" or (need == "infer" and peer.same_user)):
             return None
-        raise UnauthenticatedError("an API key is needed: send 'Authorization: Bearer tk_…'; the lab's key is in keys/api-key of its data folder")
+        raise UnauthenticatedError("an API key is needed ('Authorization: Bearer tk_…'); the lab's is in keys/api-key of its data folder")
 
 
 def _host_name(host: bytes) -> str:

@@ -24,8 +24,9 @@ from tether.errors import (
     UnknownVersionError,
 )
 from tether.lab.objects import AliasMove, Model, Status, Verification, Version, WorkerInfo, described
-from tether.lab.tensors import from_npz, named_arrays, to_npz
+from tether.lab.tensors import named_arrays, to_npz
 from tether.types import Array, InferResponse, ModelRef, Tensors, TensorSpec, model_name
+from tether.wire.npz import from_npz
 
 __all__ = ["Operations"]
 
@@ -170,7 +171,7 @@ class Operations:
         files = stored_files((await self._manifest(version))["manifest"])
         for file in files:
             if file.path == EXAMPLE:
-                return from_npz(await fetch_file(self.client, file, _EXAMPLE_LIMIT), version.inputs)
+                return from_npz(await fetch_file(self.client, file, _EXAMPLE_LIMIT))
         raise NotFoundError(f"{version} was published without an example; publish it again with one to have it")
 
     async def alias(self, name: str, alias: str, version: int) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from tether.errors import BadInputError, MalformedManifestError
-from tether.types import DATATYPES, Array, Tensors, TensorSpec, dtype_of
+from tether.errors import BadInputError
+from tether.types import Array, Tensors, TensorSpec, dtype_of
+from tether.wire import npz
 
-__all__ = ["cast", "from_npz", "named_arrays", "to_array", "to_npz"]
+__all__ = ["cast", "named_arrays", "to_array", "to_npz"]
 
 _ONLY: Final = "arr_0"
 """numpy's own name in a `.npz` for an array without one: the example of a model with a single input."""
@@ -100,42 +100,15 @@ def _narrowed(array: Array, wanted: np.dtype[np.generic]) -> Array:
 
 
 def to_npz(tensors: Any) -> bytes:
-    """Tensors, or one without a name, as `.npz`: nothing pickled, the same bytes for the same tensors.
+    """Tensors, or one without a name, as `.npz`.
 
     Raises: BadInputError: what is no array, or text that ends in NUL, which `.npz` can't keep.
     """
     given = tensors if isinstance(tensors, Mapping) else {_ONLY: tensors}
     if not given:
         raise BadInputError("the example is empty; pass an array for each input of the model")
-    out = io.BytesIO()
-    arrays: dict[str, Any] = {str(name): _plain(to_array(given[name])) for name in sorted(given, key=str)}
-    np.savez(out, allow_pickle=False, **arrays)
-    return out.getvalue()
-
-
-def _plain(array: Array) -> Array:
-    """As `.npz` can hold it: text as fixed-width bytes."""
-    if array.dtype.kind == "O":
-        if any(element.endswith(b"\0") for element in array.reshape(-1)):  # type: ignore[attr-defined]
+    arrays = {str(name): to_array(value) for name, value in given.items()}
+    for array in arrays.values():
+        if array.dtype.kind == "O" and any(element.endswith(b"\0") for element in array.reshape(-1)):  # type: ignore[attr-defined]
             raise BadInputError("text in an example may not end in NUL; leave the trailing zero bytes out")
-        return array.astype(np.bytes_) if array.size else np.empty(array.shape, "S1")
-    return array
-
-
-def from_npz(data: bytes, specs: Sequence[TensorSpec] = ()) -> Tensors:
-    """The tensors of an `.npz`. Positional ones (`arr_0` …) get the names of `specs`; what numpy wrote as `|V2` is bfloat16 again.
-
-    Raises: MalformedManifestError: the bytes are something else, or hold pickled objects.
-    """
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # zipfile, zlib, struct and numpy each raise their own
-        raise MalformedManifestError(f"the example can't be read ({error}); publish the model again with an example") from error
-    if sorted(arrays) == sorted(f"arr_{index}" for index in range(len(specs))):
-        arrays = {spec.name: arrays[f"arr_{index}"] for index, spec in enumerate(specs)}
-    bfloat16 = {spec.name for spec in specs if spec.datatype == "BF16"}
-    return {
-        name: array.view(DATATYPES["BF16"]) if name in bfloat16 and array.dtype.kind == "V" else to_array(array)
-        for name, array in arrays.items()
-    }
+    return npz.to_npz(arrays)

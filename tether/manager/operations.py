@@ -14,14 +14,11 @@ import msgspec
 from tether.errors import BadNameError, StoreError
 from tether.events import CatalogModel
 from tether.manager.publishing import EXAMPLE, Publisher
-from tether.sandbox import arun
 from tether.security.identity import Identity
 from tether.store import FILES, ModelRecord, Repository, VersionRecord
 from tether.types import Digest, ModelInfo, ModelRef, ModelVersion, model_name
 
 __all__ = ["Operations"]
-
-_INSPECT = "tether.runtimes.inspecting:inspect_model"
 
 
 class Operations:
@@ -46,7 +43,7 @@ class Operations:
         shutil.rmtree(workspace, ignore_errors=True)
         workspace.mkdir(mode=0o700, parents=True)
         self._repository = repository
-        self._publisher = Publisher(repository, identity, _inspect, workspace)
+        self._publisher = Publisher(repository, identity, workspace)
         self._known: dict[Digest, tuple[ModelInfo, bool]] = {}
         """What the manifests say, read once: a digest never changes what it means."""
 
@@ -161,7 +158,3 @@ class Operations:
             "framework": framework,
             "tags": record.tags,
         }
-
-
-async def _inspect(argument: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(await arun(_INSPECT, dict(argument)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,18 @@ from typing import Any
 import msgspec
 
 from tether.errors import BadInputError, MalformedManifestError, MalformedRequestError, MissingBlobsError, UntrustedCodeError
+from tether.runtimes.inspecting import inspect_in_sandbox
 from tether.security.identity import Identity
 from tether.store import FILES, HIDDEN, ArrayEntry, Manifest, Published, Repository, Segment, VersionRecord, decode, encode, signed_message
 from tether.types import ModelInfo, ModelRef
+from tether.wire.npz import to_npz
 
 __all__ = ["EXAMPLE", "EXPECTED", "Draft", "Publisher", "SignedManifest", "parse_draft"]
 
 EXAMPLE = f"{HIDDEN}/example.npz"
-"""Where a version keeps its example inputs."""
+"""Where a version keeps its example inputs, named and cast as the model takes them: one example is one digest however it was given."""
 EXPECTED = f"{HIDDEN}/expected.npz"
 """Where it keeps what the model answered to them at publish."""
-
-Inspect = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
-"""The sandbox call: path, framework and example in, `{"info": …}` out; example outputs are written beside the example."""
 
 
 class _File(msgspec.Struct):
@@ -72,7 +71,6 @@ class Publisher:
 
     repository: Repository
     identity: Identity
-    inspect: Inspect
     workspace: Path
     """Where files are put together for inspection; what a killed manager leaves there is removed at its next start."""
 
@@ -106,13 +104,14 @@ class Publisher:
             for array in arrays:
                 self._assemble(array, root)
             example = root / EXAMPLE
-            found = await self.inspect(
-                {"path": str(root / draft.entry), "framework": draft.framework, "example": str(example) if example.exists() else None}
-            )
-            expected = root / EXPECTED
-            if expected.exists():
-                arrays = [*arrays, self.repository.add_bytes(EXPECTED, expected.read_bytes())]
-        return _manifest(draft, arrays, msgspec.convert(found["info"], ModelInfo))
+            found = await inspect_in_sandbox(root / draft.entry, draft.framework, example=example if example.exists() else None)
+            kept = [array for array in arrays if array.path != f"{FILES}/{EXAMPLE}"]
+            kept += [
+                self.repository.add_bytes(name, to_npz(tensors))
+                for name, tensors in ((EXAMPLE, found.example_inputs), (EXPECTED, found.example_outputs))
+                if tensors is not None
+            ]
+        return _manifest(draft, kept, found.info)
 
     def _assemble(self, array: ArrayEntry, root: Path) -> None:
         target = root / array.path.removeprefix(f"{FILES}/")

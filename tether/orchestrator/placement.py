@@ -13,8 +13,9 @@ class Candidate:
     """One worker, seen from one model."""
 
     address: str
-    has: bool
-    """It has the model or is loading it."""
+    loaded: bool
+    """It has the model in memory."""
+    loading: bool
     able: bool
     """It may be asked to load it now."""
     models: int
@@ -22,8 +23,13 @@ class Candidate:
 
 
 def place(candidates: Sequence[Candidate], copies: int) -> list[str]:
-    """The workers that should load the model now: emptiest first, until `copies` have it."""
-    missing = copies - sum(candidate.has for candidate in candidates)
-    free = [candidate for candidate in candidates if candidate.able and not candidate.has]
+    """The workers that should load the model now: emptiest first, until `copies` have it.
+
+    The first copy comes alone: loads at the same time share the machine's cores, and all who wait are waiting for one of them.
+    """
+    having = sum(candidate.loaded or candidate.loading for candidate in candidates)
+    wanted = copies if any(candidate.loaded for candidate in candidates) else 1
+    missing = wanted - having
+    free = [candidate for candidate in candidates if candidate.able and not (candidate.loaded or candidate.loading)]
     free.sort(key=lambda candidate: (candidate.models, candidate.address))
     return [candidate.address for candidate in free[: max(missing, 0)]]

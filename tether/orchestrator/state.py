@@ -178,7 +178,8 @@ class ControlState:
         failure = worker.failed.get(model)
         return Candidate(
             worker.address,
-            has=model in worker.loaded or model in worker.loading,
+            loaded=model in worker.loaded,
+            loading=model in worker.loading,
             able=failure is None or now - failure.at >= RETRY_AFTER,
             models=len(worker.loaded) + len(worker.loading),
         )

@@ -19,12 +19,11 @@ from tether.runtimes.signatures import (
     fit,
     folder_signature,
     hinted,
-    read_tensors,
     refine,
-    write_tensors,
 )
 from tether.sandbox import Limits, arun
 from tether.types import ModelInfo, Tensors, TensorSpec
+from tether.wire.npz import from_npz, to_npz
 
 if TYPE_CHECKING:
     from tether.ports import LoadedModel, Runtime
@@ -91,11 +90,11 @@ def inspect_model(argument: Mapping[str, Any]) -> dict[str, Any]:
     if not argument.get("example"):
         return {"info": msgspec.to_builtins(hinted(runtime, path, hints)), "example_inputs": None, "example_outputs": None}
     example = Path(argument["example"])
-    info, inputs, outputs = _self_test(runtime, path, read_tensors(example), hints)
+    info, inputs, outputs = _self_test(runtime, path, from_npz(example.read_bytes()), hints)
     answer = {"info": msgspec.to_builtins(info)}
     for kind, values in (("inputs", inputs), ("outputs", outputs)):
         file = example.with_name(f"{example.stem}.{kind}.npz")
-        write_tensors(file, values)
+        file.write_bytes(to_npz(values))
         answer[f"example_{kind}"] = str(file)
     return answer
 
@@ -134,4 +133,4 @@ def _any_rows(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 
 
 def _read(answer: Mapping[str, Any], kind: str) -> Tensors | None:
-    return read_tensors(Path(answer[kind])) if answer[kind] else None
+    return from_npz(Path(answer[kind]).read_bytes()) if answer[kind] else None

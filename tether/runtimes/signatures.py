@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import ml_dtypes
 import msgspec
 import numpy as np
 
@@ -26,9 +25,7 @@ __all__ = [
     "folder_signature",
     "hinted",
     "named",
-    "read_tensors",
     "refine",
-    "write_tensors",
 ]
 
 SIGNATURE_FILE = Path(".tether") / "signature.json"
@@ -96,33 +93,6 @@ def folder_signature(path: Path) -> Signature | None:
 def example_specs(example: Mapping[str, Array]) -> tuple[TensorSpec, ...]:
     """Specs of an example's tensors, their sizes taken as they are."""
     return tuple(TensorSpec(name, datatype_of(array.dtype), array.shape) for name, array in example.items())
-
-
-def read_tensors(path: Path) -> Tensors:
-    """The arrays of an `.npz` file; text and bytes as BYTES arrays. Nothing in it is unpickled.
-
-    Raises: BadInputError: no such file, or not one that holds plain arrays.
-    """
-    try:
-        # opened here, since numpy leaves its own file open where it finds no archive in it
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # numpy lets zipfile's, zlib's and its own errors through
-        raise BadInputError(f"{path.name} can't be read as .npz ({tensors.first_line(error)}); write it with numpy.savez") from error
-    return {name: _read_array(array) for name, array in arrays.items()}
-
-
-def _read_array(array: Array) -> Array:
-    if array.dtype.kind in "SU":
-        return tensors.as_bytes(array)
-    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array  # numpy.savez forgets what the two bytes were
-
-
-def write_tensors(path: Path, values: Mapping[str, Array]) -> None:
-    """`values` as an `.npz` file that `read_tensors` reads; BYTES as fixed-width bytes (trailing NULs are lost, as numpy has it)."""
-    plain = {name: np.asarray(array.tolist(), dtype=np.bytes_) if array.dtype.kind == "O" else array for name, array in values.items()}
-    with path.open("wb") as file:
-        np.savez(file, **cast("dict[str, Any]", plain))
 
 
 def fit(example: Mapping[str, Array], specs: Sequence[TensorSpec]) -> Tensors:

@@ -23,7 +23,7 @@ from tether.telemetry.service import Life, run_service
 from tether.types import ModelRef, ModelVersion
 from tether.worker.engine import Engine, Source
 from tether.worker.plugin import EnginePlugin
-from tether.worker.runner import load_model
+from tether.worker.runner import default_pool, load_model
 
 __all__ = ["main", "make_engine"]
 
@@ -90,7 +90,10 @@ def _command(orchestrator: str, data: str | None, name: str, host: str, port: in
             await _first(life.ended(), worker.finished())
 
     with dask.config.set(HOUSEKEEPING | {"temporary-directory": str(folder.runtime)}):
-        run_service(serve)
+        try:
+            run_service(serve)
+        finally:
+            default_pool().close()
 
 
 async def _first(*ends: Coroutine[Any, Any, Any]) -> None:
