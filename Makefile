@@ -26,7 +26,7 @@ demo: $(READY)  ## real models on a lab of this machine, called in three ways, a
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY)  ## every test, the notebooks with them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY)  ## format, lint, types, layers, spelling, environment.yml: under a minute
 	$(BIN)/ruff format --check .

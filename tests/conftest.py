@@ -4,6 +4,7 @@ import dataclasses
 import datetime as dt
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -47,6 +48,29 @@ def chaos() -> Chaos:
     return Chaos(int(os.environ.get("TETHER_CHAOS_SEED") or 20_260_801), float(os.environ.get("TETHER_CHAOS_SCALE") or 0))
 
 
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """What a test measured and does not judge: printed once more, with all the others, at the end of the run."""
+    return lambda text: request.node.user_properties.append(("measured", text))
+
+
+class Measurements:
+    """Collects them; with several pytest processes they travel in the reports."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "teardown":
+            self.texts += [str(text) for name, text in report.user_properties if name == "measured"]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.texts:
+            terminalreporter.section("measured")
+            for text in self.texts:
+                terminalreporter.write_line(text)
+
+
 MISSING = ("needs ", "could not import ")
 """How the reasons of `tether.testing.requirements.needs` and of `pytest.importorskip` begin."""
 
@@ -86,4 +110,5 @@ class Missing:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Measurements(), "tether-measurements")
     config.pluginmanager.register(Missing(required=os.environ.get(REQUIRE) == "all"), "tether-missing")

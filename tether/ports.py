@@ -24,6 +24,10 @@ class LoadedModel(Protocol):
         """
         ...
 
+    def interrupt(self) -> None:
+        """End the `run` that goes on in another thread soon, with ModelFailedError or WorkerLostError; does nothing where none does."""
+        ...
+
     def close(self) -> None:
         """Free it; a second call does nothing."""
         ...

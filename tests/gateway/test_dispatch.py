@@ -35,6 +35,9 @@ class Doubling:
             raise ModelFailedError("negative numbers are not for this model")
         return {"y": 2 * inputs["x"]}
 
+    def interrupt(self):
+        self.gate.set()
+
     def close(self):
         self.gate.set()
 
@@ -215,3 +218,17 @@ async def test_large_bodies_go_through_the_ring_and_their_blocks_come_back(rig):
     replies = await asyncio.gather(*(rig.ask(*([float(number)] * 20_000)) for number in range(5)))
     assert [said(reply)[0] for reply in replies] == [0.0, 2.0, 4.0, 6.0, 8.0]
     assert rig.dispatch._ring._free == free
+
+
+async def test_a_run_that_nobody_waits_for_any_more_is_interrupted(rig):
+    model = Doubling()
+    server = rig.serve(model)
+    rig.route(model.info, server)
+    model.gate.clear()
+    asked = rig.ask(1, timeout=0.1)
+    await eventually(lambda: model.batches)
+    server.interrupt_if_late(time.monotonic())
+    assert not model.gate.is_set()
+    server.interrupt_if_late(time.monotonic() + 60)
+    assert model.gate.is_set()
+    assert said(await asked)[0] in (2.0, 504)

@@ -81,7 +81,7 @@ class Load:
 @pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_row_01_killed_workers_cost_nobody_an_answer(own_lab, tmp_path, capsys, chaos):
+def test_row_01_killed_workers_cost_nobody_an_answer(own_lab, tmp_path, measured, chaos):
     """Two workers, 20 requests a second for 20 s, SIGKILL at 5 s and at 12 s, once each; at full scale 600 s and a kill each 7 s."""
     own_lab.publish("tiny", write_model(tmp_path / "model.onnx"), example=X[:1])
     own_lab.infer("tiny", X)
@@ -94,8 +94,7 @@ def test_row_01_killed_workers_cost_nobody_an_answer(own_lab, tmp_path, capsys, 
     load.finish()
     p99, asked = float(np.quantile(load.seconds, 0.99)), len(load.seconds)
     counts = f"{asked} requests, {len(back)} kills, {asked - len(load.wrong)} right, p99 {p99 * 1000:.0f} ms, back in {max(back):.1f} s"
-    with capsys.disabled():
-        print(f"\n{counts}")
+    measured(counts)
     chaos.record(1, counts, seconds)
     assert load.wrong == []
     assert asked == 20 * seconds

@@ -44,11 +44,10 @@ def test_the_help_of_the_command_line_needs_no_service():
     assert {name.partition(".")[0] for name in _loaded_by("tether.cli")} & SERVICES == set()
 
 
-def test_how_long_importing_tether_takes(capsys):
+def test_how_long_importing_tether_takes(measured):
     times = []
     for _ in range(5):
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import tether"], check=True)
         times.append(time.perf_counter() - start)
-    with capsys.disabled():
-        print(f" [starting Python and `import tether`: median {statistics.median(times):.3f} s, aim {SECONDS} s] ", end="")
+    measured(f"starting Python and `import tether`: median {statistics.median(times):.3f} s, aim {SECONDS} s")

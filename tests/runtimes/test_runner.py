@@ -235,13 +235,12 @@ def test_data_formats_stay_in_this_process(tmp_path):
     model.close()
 
 
-def test_how_long_a_small_run_takes(model, capsys):
+def test_how_long_a_small_run_takes(model, measured):
     given = {"x": np.zeros(4, np.int64)}
     times = []
     for _ in range(1000):
         started = time.perf_counter()
         model.run(given)
         times.append(time.perf_counter() - started)
-    with capsys.disabled():
-        print(f" [runner, one small tensor: median {np.median(times) * 1e6:.0f} µs, aim 150 µs] ", end="")
+    measured(f"runner, one small tensor: median {np.median(times) * 1e6:.0f} µs, aim 150 µs")
     assert np.median(times) < 0.005  # a busy machine must not fail a test; a lost wake-up must

@@ -90,6 +90,9 @@ class CustomModel:
             answer = self._model.predict(**inputs)
             return tensors.conform(_by_name(answer, [spec.name for spec in self.info.outputs]), self.info.outputs)
 
+    def interrupt(self) -> None:
+        """Nothing: it runs in a runner, which is ended as a whole."""
+
     def close(self) -> None:
         """Drop the object and its module."""
         if self._module is not None:

@@ -97,6 +97,9 @@ class TensorFlowModel:
             plain = {name: value.numpy() for name, value in outputs.items()}
         return tensors.conform(plain, self.info.outputs)
 
+    def interrupt(self) -> None:
+        """Nothing: it runs in a runner, which is ended as a whole."""
+
     def close(self) -> None:
         """Drop the model and give its memory back."""
         if self._call is not None:

@@ -108,6 +108,9 @@ class TorchModel:
             outputs = {name: _to_numpy(self._torch, value) for name, value in self._call(values).items()}
         return tensors.conform(outputs, self.info.outputs)
 
+    def interrupt(self) -> None:
+        """Nothing: it runs in a runner, which is ended as a whole."""
+
     def close(self) -> None:
         """Drop the module and give its memory back, the card's too."""
         if self._call is not None:

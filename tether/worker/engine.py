@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from tether.worker.serving import ModelServer, ServingStats
 __all__ = ["Engine", "Source"]
 
 log = structlog.get_logger("tether.worker")
+_WATCH = 0.5
+"""Seconds between looks for runs that nobody waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Engine:
         self._loading: dict[ModelVersion, threading.Lock] = {}
         self._lock = threading.Lock()
         self._started = 0
+        self._closing = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def load(self, model: ModelVersion) -> str:
         """Bring the version into memory, once for all who ask at the same time; the endpoint where it answers. Blocks.
@@ -92,7 +97,13 @@ class Engine:
         """What is in memory and what each has done so far."""
         return {model: server.stats for model, server in list(self._servers.items())}
 
+    def _watch(self) -> None:
+        while not self._closing.wait(_WATCH):
+            for server in list(self._servers.values()):
+                server.interrupt_if_late(time.monotonic())
+
     def close(self) -> None:
         """Unload everything."""
+        self._closing.set()
         for model in list(self._servers):
             self.unload(model)

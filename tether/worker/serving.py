@@ -29,6 +29,8 @@ from tether.worker.batching import Rows, join_inputs, next_batch, rows_of, split
 __all__ = ["ModelServer", "ServingStats"]
 
 log = structlog.get_logger("tether.worker")
+_LATE = 0.5
+"""Seconds past the last deadline of a batch at which its run is interrupted."""
 
 
 @dataclass(slots=True)
@@ -113,6 +115,8 @@ class ModelServer:
         self._wake, self._waker = socket.socketpair()
         self._listener = _listen(endpoint)
         self._stopping = False
+        self._batch_deadline: float | None = None
+        """Until when somebody waits for the batch that runs; None between batches."""
         self._thread = threading.Thread(target=self._serve, name=f"serve-{model}", daemon=True)
 
     def start(self) -> None:
@@ -127,6 +131,14 @@ class ModelServer:
         with contextlib.suppress(OSError):  # its thread has ended by itself
             self._waker.send(b"x")
         self._thread.join(timeout)
+
+    def interrupt_if_late(self, now: float) -> None:
+        """End a run for which nobody waits any more: one endless loop in a model would hold its thread for ever. From any thread."""
+        deadline = self._batch_deadline
+        if deadline is not None and now > deadline + _LATE:
+            log.warning("run interrupted", model=str(self.model))
+            self._batch_deadline = None
+            self.loaded.interrupt()
 
     def _serve(self) -> None:
         try:
@@ -214,15 +226,20 @@ class ModelServer:
 
     def _take(self) -> list[_Job]:
         """The next batch; what is past its deadline is answered and left out."""
-        queue, now = self._queue, time.monotonic()
-        while queue and queue[0].deadline < now:
-            job = queue.popleft()
-            self._refuse(job.connection, job.id, DeadlineExceededError("the deadline passed while the request waited for its batch"))
-            job.connection.flush()
+        queue = self._queue
+        while queue and self._is_late(queue[0]):
+            queue.popleft().connection.flush()
         count = next_batch([job.rows for job in queue], self._max_rows)
         jobs = [queue.popleft() for _ in range(count)]
         self.stats.waiting = len(queue)
         return jobs
+
+    def _is_late(self, job: _Job) -> bool:
+        """Whether nobody waits for it any more; then it is answered so."""
+        if job.deadline >= time.monotonic():
+            return False
+        self._refuse(job.connection, job.id, DeadlineExceededError("the deadline passed before the model got to the request"))
+        return True
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Run the batch; when it fails, each request alone, so that one bad input costs nobody else an answer."""
@@ -233,15 +250,20 @@ class ModelServer:
                 self._refuse(jobs[0].connection, jobs[0].id, error)
             else:
                 for job in jobs:
-                    self._answer([job])
+                    if not self._is_late(job):
+                        self._answer([job])
             return
         for job, share in zip(jobs, split_outputs(outputs, [job.rows.count for job in jobs]), strict=True):
             self._reply(job, share)
 
     def _run(self, jobs: list[_Job]) -> Tensors:
         begun = time.perf_counter()
-        outputs = self.loaded.run(join_inputs([job.request for job in jobs]))
-        self.stats.busy += time.perf_counter() - begun
+        self._batch_deadline = max(job.deadline for job in jobs)
+        try:
+            outputs = self.loaded.run(join_inputs([job.request for job in jobs]))
+        finally:
+            self._batch_deadline = None
+            self.stats.busy += time.perf_counter() - begun
         rows = sum(job.rows.count for job in jobs)
         if self.loaded.info.batched:
             for name, array in outputs.items():
