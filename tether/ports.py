@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 from tether.types import Framework, ModelFormat, ModelInfo, Tensors
 
-__all__ = ["Endpoint", "Hop", "HopReply", "LoadedModel", "Management", "OnReply", "Runtime", "Transport"]
+__all__ = ["Endpoint", "Hop", "HopReply", "LoadedModel", "Management", "OnReply", "Runtime", "Transport", "Undelivered"]
 
 
 class LoadedModel(Protocol):
@@ -77,8 +78,15 @@ class HopReply:
     header_nbytes: int = 0
 
 
-OnReply = Callable[[HopReply | None], None]
-"""Called once, on the loop's thread: the reply, or None when the connection was lost before one came."""
+class Undelivered(enum.Enum):
+    """Why there is no reply."""
+
+    NOT_SENT = "the worker never saw the request"
+    LOST = "the connection ended after the request was sent: the worker may have run it"
+
+
+OnReply = Callable[[HopReply | Undelivered], None]
+"""Called once, on the loop's thread."""
 Endpoint = str
 """Where one model of one worker listens: the path of a Unix socket."""
 
@@ -96,7 +104,7 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Drop the connection; open requests get None."""
+        """Drop the connection; open requests end as `Undelivered`."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 
@@ -13,6 +14,7 @@ from tether.gateway.dispatch import Dispatch
 from tether.ports import Hop
 from tether.routing.table import ModelEntry, Route, Table, VersionEntry
 from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId
+from tether.wire.frames import FrameWriter
 from tether.worker.serving import ModelServer
 
 VERSION = ModelVersion("m", 1, Digest("0" * 64))
@@ -232,3 +234,64 @@ async def test_a_run_that_nobody_waits_for_any_more_is_interrupted(rig):
     server.interrupt_if_late(time.monotonic() + 60)
     assert model.gate.is_set()
     assert said(await asked)[0] in (2.0, 504)
+
+
+async def test_a_model_that_is_not_pure_runs_each_request_once_even_beside_a_bad_one(rig):
+    model = Doubling(pure=False)
+    rig.route(model.info, rig.serve(model))
+    model.gate.clear()
+    asked = [rig.ask(number) for number in (1, -2, 3)]
+    await eventually(lambda: model.batches)
+    model.gate.set()
+    assert [said(reply) for reply in await asyncio.gather(*asked)] == [[2.0], (422, "model_failed"), [6.0]]
+    assert model.batches == [1, 1, 1]
+
+
+async def test_a_worker_that_is_not_there_yet_costs_no_attempt(rig):
+    model = Doubling(pure=False)
+    later = rig.folder / "0.sock"
+    rig.dispatch.replace_table(table(model.info, later))
+    asked = rig.ask(1)
+    await asyncio.sleep(0.3)
+    assert not asked.done()
+    rig.serve(model)
+    assert said(await asked) == [2.0]
+
+
+async def test_a_connection_that_breaks_the_rules_costs_nobody_else_anything(rig):
+    model = Doubling()
+    server = rig.serve(model)
+    rig.route(model.info, server)
+    for greeting in (b"-" + b"\xff" * 64, b"", b"R"):
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(str(server.endpoint))
+            stranger.sendall(greeting)
+            assert said(await rig.ask(1)) == [2.0]
+    assert said(await rig.ask(2)) == [4.0]
+
+
+async def test_a_gateway_that_does_not_read_does_not_hold_up_the_others(rig):
+    model = Doubling()
+    server = rig.serve(model)
+    rig.route(model.info, server)
+    writer = FrameWriter()
+    for number in range(40):
+        writer.request(number, body(*([1.5] * 5_000)), 0, 60_000)
+    with socket.socket(socket.AF_UNIX) as sleeper:
+        sleeper.connect(str(server.endpoint))
+        sleeper.sendall(b"-")
+        sender = threading.Thread(target=lambda: [sleeper.sendall(part) for part in writer.take()])
+        sender.start()
+        await eventually(lambda: server.stats.requests >= 40)
+        begun = time.monotonic()
+        assert said(await rig.ask(2)) == [4.0]
+        assert time.monotonic() - begun < 2
+        sender.join()
+
+
+async def test_expired_requests_are_forgotten(rig):
+    rig.route(Doubling().info)
+    await asyncio.gather(*(rig.ask(1, timeout=0.05) for _ in range(20)))
+    another = rig.ask(1, timeout=0.3)
+    await eventually(lambda: sum(map(len, rig.dispatch._pending.values())) == 1)
+    await another

@@ -108,12 +108,6 @@ class TestExternalOnnx(ExternalOnnxModels, RuntimeSuite):
     datatypes = ("FP32", "BF16", "UINT16", "INT32", "UINT64")
 
 
-@needs("onnx")
-@needs("onnxruntime")
-@pytest.mark.slow
-class TestExternalOnnxMemory(ExternalOnnxModels, MemorySuite): ...
-
-
 @needs("torch")
 class TestPt2(Pt2Models, RuntimeSuite):
     framework, format = "torch", "pt2"
@@ -191,9 +185,5 @@ class TestCustomInARunner(TestCustom):
 
 
 @pytest.mark.slow
-class TestCustomMemory(CustomModels, MemorySuite): ...
-
-
-@pytest.mark.slow
-class TestCustomMemoryInARunner(TestCustomMemory):
+class TestCustomMemoryInARunner(CustomModels, MemorySuite):
     runner = True

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import structlog
 
-from tether.errors import DeadlineExceededError, LoadFailedError, NoWorkerError, TetherError, WorkerLostError, from_code
+from tether.errors import DeadlineExceededError, InternalError, LoadFailedError, NoWorkerError, TetherError, WorkerLostError, from_code
 from tether.gateway.transport import UnixTransport
-from tether.ports import Hop, HopReply, Management
+from tether.ports import Hop, HopReply, Management, Undelivered
 from tether.routing.policies import least_outstanding
 from tether.routing.table import Route, Table, VersionEntry
 from tether.types import ModelVersion
@@ -26,11 +26,12 @@ log = structlog.get_logger("tether.gateway")
 Done = Callable[[HopReply], None]
 _RING_NBYTES = 256 << 20
 """Room for a few of the largest bodies; pages are taken only when touched."""
-_ATTEMPTS = 3
 _SETTLE = 5.0
 """Seconds that an answer about a change waits for the table."""
-_SWEEP = 0.25
-"""Seconds between looks for open requests past their deadline; workers keep deadlines themselves, this is for those that hang."""
+_LOSSES = 3
+"""Workers that may go away with one request before it is given up: it may be what kills them."""
+_SWEEP = 0.05
+"""Seconds between looks for open requests past their deadline, and for those that can be tried again."""
 
 
 class ControlPlane(Protocol):
@@ -51,12 +52,12 @@ class ControlPlane(Protocol):
 class _Call:
     """One request from admission to its reply."""
 
-    __slots__ = ("abandon", "attempts", "avoid", "deadline", "done", "entry", "hop", "name", "version")
+    __slots__ = ("abandon", "avoid", "deadline", "done", "entry", "hop", "losses", "name", "version")
 
     def __init__(self, name: str, version: str | None, hop: Hop, done: Done) -> None:
         self.name, self.version, self.hop, self.done = name, version, hop, done
         self.deadline = time.monotonic() + hop.timeout
-        self.attempts = 0
+        self.losses = 0
         self.avoid: list[Route] = []
         self.abandon: Callable[[], None] | None = None
         self.entry: VersionEntry | None = None
@@ -130,7 +131,7 @@ class Dispatch:
             self._sweeper.cancel()
         for task in self._tasks:
             task.cancel()
-        for transport in self._transports.values():
+        for transport in list(self._transports.values()):
             transport.close()
 
     def _attempt(self, call: _Call) -> None:
@@ -143,7 +144,6 @@ class Dispatch:
         if route is None:
             self._await_placement(call, entry)
             return
-        call.attempts += 1
         call.abandon = self._transport(route).send(call.hop, lambda reply: self._replied(call, route, reply))
 
     def _outstanding(self, route: Route) -> int:
@@ -156,23 +156,35 @@ class Dispatch:
             transport = self._transports[route] = UnixTransport(route.endpoint, self._ring)
         return transport
 
-    def _replied(self, call: _Call, route: Route, reply: HopReply | None) -> None:
-        if reply is not None:
+    def _replied(self, call: _Call, route: Route, reply: HopReply | Undelivered) -> None:
+        if isinstance(reply, HopReply):
             self._finish(call, reply)
             return
+        call.avoid.append(route)
+        if reply is Undelivered.NOT_SENT:
+            call.abandon = None
+            self._retry(call)
+        else:
+            self._lost(call)
+
+    def _lost(self, call: _Call) -> None:
+        """The worker may have run it: only a pure model is asked again."""
+        call.losses += 1
         entry = call.entry
         if entry is None or not entry.info.pure:
             self._fail(
                 call, WorkerLostError("the worker went away; the model is not pure, so only you know whether to send the request again")
             )
-        elif call.attempts >= _ATTEMPTS:
-            self._fail(call, WorkerLostError(f"{call.attempts} workers went away while they had this request; try again later"))
+        elif call.losses >= _LOSSES:
+            self._fail(call, WorkerLostError(f"{call.losses} workers went away while they had this request; try again later"))
         else:
-            call.avoid.append(route)
-            self._retry(call, entry)
+            self._retry(call)
 
-    def _retry(self, call: _Call, entry: VersionEntry) -> None:
-        """On another worker at once; if there is no other, when the table changes."""
+    def _retry(self, call: _Call) -> None:
+        """On another worker at once; if there is no other, soon, on whichever there is then."""
+        entry = call.entry
+        if entry is None or call not in self._open:
+            return
         if any(route not in call.avoid for route in entry.routes):
             self._attempt(call)
         else:
@@ -191,6 +203,10 @@ class Dispatch:
         except TetherError as error:
             self._fail_pending(model, error)
             return
+        except Exception:
+            log.exception("asking for a model failed", model=str(model))
+            self._fail_pending(model, InternalError("the gateway failed to ask for the model; its log has the traceback"))
+            return
         if state == "failed":
             self._fail_pending(model, _load_error(model, reason))
 
@@ -205,23 +221,29 @@ class Dispatch:
 
     def _sweep(self) -> None:
         now = time.monotonic()
+        self._sweeper = asyncio.get_running_loop().call_later(_SWEEP, self._sweep) if self._open else None
         for call in [call for call in self._open if call.deadline < now]:
             if call.abandon is not None:
                 call.abandon()
             self._fail(call, self._late(call))
         self._retry_pending()
-        self._sweeper = asyncio.get_running_loop().call_later(_SWEEP, self._sweep) if self._open else None
 
     def _retry_pending(self) -> None:
-        """A connection can end while its worker stays in the table: what waits for a change of it tries the same worker again."""
-        for model in [model for model, calls in self._pending.items() if calls[0].entry and calls[0].entry.routes]:
-            for call in self._pending.pop(model):
-                if call in self._open:
+        """Forget what was answered or cancelled meanwhile; try again what a worker of the table may take.
+
+        A connection can end while its worker stays in the table, so the table need not change first.
+        """
+        waiting, self._pending = self._pending, {}
+        for model, calls in waiting.items():
+            for call in [call for call in calls if call in self._open]:
+                if call.entry is not None and call.entry.routes:
                     self._attempt(call)
+                else:
+                    self._pending.setdefault(model, deque()).append(call)
 
     def _late(self, call: _Call) -> TetherError:
         waited = f"no answer within {call.hop.timeout:g} s"
-        if call.attempts:
+        if call.abandon is not None:
             return DeadlineExceededError(f"{waited}; give a longer timeout or a smaller batch")
         return NoWorkerError(f"{waited}: no worker holds {call.name!r}; `tether status` shows the workers, `tether logs orchestrator` why")
 
@@ -237,7 +259,10 @@ class Dispatch:
     def _finish(self, call: _Call, reply: HopReply) -> None:
         if call in self._open:
             self._open.discard(call)
-            call.done(reply)
+            try:
+                call.done(reply)
+            except Exception:  # what it answers to is gone; the others on this connection are not
+                log.exception("an answer could not be given")
 
 
 def _load_error(model: ModelVersion, reason: str) -> TetherError:

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from tether.ports import Endpoint, Hop, HopReply, OnReply
+from tether.ports import Endpoint, Hop, HopReply, OnReply, Undelivered
 from tether.wire.frames import INLINE, FrameReader, FrameWriter
 from tether.wire.ring import RING_FROM_NBYTES, Ring
 
@@ -31,6 +31,7 @@ class UnixTransport(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._due = False
+        self._connected = False
         self.closed = False
         self._connecting = self._loop.create_task(self._connect())
 
@@ -55,6 +56,7 @@ class UnixTransport(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # of a stream; uvloop's transports are no subclasses of asyncio's
+        self._connected = True
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio's signature)
@@ -78,7 +80,7 @@ class UnixTransport(asyncio.BufferedProtocol):
     def send(self, hop: Hop, on_reply: OnReply) -> Callable[[], None]:
         """Send it; never blocks. The returned function abandons it: `on_reply` will not be called any more."""
         if self.closed:
-            self._loop.call_soon(on_reply, None)
+            self._loop.call_soon(on_reply, Undelivered.NOT_SENT)
             return _nothing
         self._next_id = request_id = (self._next_id + 1) & 0xFFFFFFFF
         body, offset = hop.body, INLINE
@@ -87,7 +89,9 @@ class UnixTransport(asyncio.BufferedProtocol):
             offset = INLINE if block is None else block
         self._waiting[request_id] = (on_reply, offset, len(body))
         self._writer.request(request_id, body, hop.header_nbytes, min(int(hop.timeout * 1000), 0xFFFFFFFF), offset)
-        if not self._due:
+        if self._writer.is_full:
+            self._flush()
+        elif not self._due:
             self._due = True
             self._loop.call_soon(self._flush)
         return lambda: self._abandon(request_id)
@@ -113,13 +117,14 @@ class UnixTransport(asyncio.BufferedProtocol):
     def _lost(self) -> None:
         """Blocks return at once: a dead worker does not read."""
         self.closed, self._transport = True, None
+        reason = Undelivered.LOST if self._connected else Undelivered.NOT_SENT
         waiting, self._waiting = self._waiting, {}
         for on_reply, offset, nbytes in waiting.values():
             self._give_back(offset, nbytes)
-            on_reply(None)
+            on_reply(reason)
 
     def close(self) -> None:
-        """Drop the connection; open requests get None."""
+        """Drop the connection; open requests end as `Undelivered`."""
         self._connecting.cancel()
         if self._transport is not None:
             self._transport.abort()
@@ -131,5 +136,5 @@ def _nothing() -> None:
     """Nothing to abandon."""
 
 
-def _ignore(_: HopReply | None) -> None:
+def _ignore(_: HopReply | Undelivered) -> None:
     """Nobody waits for this reply any more."""

@@ -12,14 +12,21 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-__all__ = ["INLINE", "Frame", "FrameReader", "FrameWriter", "Head"]
+from tether.errors import MalformedRequestError
+
+__all__ = ["INLINE", "MAX_NBYTES", "Frame", "FrameReader", "FrameWriter", "Head"]
 
 _TOP = struct.Struct("<II")
 _HEAD = struct.Struct("<IHHIIII")
 _PADDING = tuple(b"\0" * (-size % 8) for size in range(8))
 INLINE = 0xFFFFFFFF
 """Ring offset of a payload that stands in the frame itself."""
+MAX_NBYTES = 1 << 30
+"""A frame is ended before it gets near this; a length beyond it is not ours, and would be memory before it is noticed."""
+_FULL_NBYTES = 1 << 26
 _READ_NBYTES = 1 << 18
+_KEPT_NBYTES = 1 << 22
+"""An empty buffer larger than this is given back: one large body must not cost every connection its size for ever."""
 _JOIN_NBYTES = 256 * 1024
 """Below this one `join` and one write beat a list of buffers (measured: FASTPATH.md §2)."""
 
@@ -54,18 +61,24 @@ class FrameReader:
 
     def space(self) -> memoryview:
         """Where the next bytes of the socket go; never empty."""
-        if len(self._buffer) - self._used < _READ_NBYTES // 4 or self._want > len(self._buffer):
-            self._grow(max(2 * len(self._buffer), self._want))
+        room = len(self._buffer) - self._used
+        if (self._want > len(self._buffer)) if self._want else (room < _READ_NBYTES // 4):
+            self._resize(max(self._want, self._used + _READ_NBYTES))
         return self._view[self._used :]
 
     def received(self, nbytes: int) -> Frame:
-        """All heads of the frames that `nbytes` more bytes completed, with their payloads."""
+        """All heads of the frames that `nbytes` more bytes completed, with their payloads.
+
+        Raises: MalformedRequestError: a frame is too large to be one of ours.
+        """
         self._used += nbytes
         found: Frame = []
         start, view, used = 0, self._view, self._used
         while used - start >= _TOP.size:
             length, count = _TOP.unpack_from(view, start)
             end = start + 4 + length
+            if length > MAX_NBYTES:
+                raise MalformedRequestError(f"a frame of {length} bytes; at most {MAX_NBYTES} are taken")
             if used < end:
                 self._want = 4 + length
                 break
@@ -82,11 +95,13 @@ class FrameReader:
             if rest:
                 self._view[:rest] = bytes(self._view[start : self._used])
             self._used, self._want = rest, 0
+        if not self._used and len(self._buffer) > _KEPT_NBYTES:
+            self._resize(_READ_NBYTES)
 
-    def _grow(self, nbytes: int) -> None:
-        grown = bytearray(nbytes)
-        grown[: self._used] = self._view[: self._used]
-        self._buffer, self._view = grown, memoryview(grown)
+    def _resize(self, nbytes: int) -> None:
+        other = bytearray(nbytes)
+        other[: self._used] = self._view[: self._used]
+        self._buffer, self._view = other, memoryview(other)
 
 
 def _cut(view: memoryview, start: int, count: int, found: Frame) -> None:
@@ -112,6 +127,11 @@ class FrameWriter:
 
     def __bool__(self) -> bool:
         return bool(self._heads)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the frame is large enough to be taken before more is added."""
+        return self._nbytes > _FULL_NBYTES
 
     def request(self, request_id: int, body: bytes, header_nbytes: int, timeout_ms: int, offset: int = INLINE) -> None:
         """Add a request; with a ring offset the body is in the ring already and only its size travels."""

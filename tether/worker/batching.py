@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tether.errors import BadInputError
 from tether.types import InferRequest, ModelInfo, Tensors
 
 __all__ = ["BatchKey", "Rows", "join_inputs", "next_batch", "rows_of", "split_outputs"]
-
-import numpy as np
 
 BatchKey = tuple[tuple[str, str, tuple[int, ...]], ...]
 """Name, dtype and shape without the batch axis of every input: requests of one key can be joined."""

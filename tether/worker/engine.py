@@ -75,7 +75,11 @@ class Engine:
         with self._lock:
             self._started += 1
             endpoint = self._sockets / f"{model.digest[:12]}-{self._started}.sock"
-        server = ModelServer(model, loaded, endpoint, self._max_rows)
+        try:
+            server = ModelServer(model, loaded, endpoint, self._max_rows)
+        except BaseException:
+            loaded.close()
+            raise
         server.start()
         self._servers[model] = server
         log.info("model loaded", model=str(model), digest=model.digest)
@@ -104,6 +108,6 @@ class Engine:
 
     def close(self) -> None:
         """Unload everything."""
-        self._closing.set()
         for model in list(self._servers):
             self.unload(model)
+        self._closing.set()

@@ -7,7 +7,6 @@ timer and no added wait, and models do not block each other (FASTPATH.md §3: be
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import socket
 import threading
@@ -21,10 +20,10 @@ import structlog
 from tether.errors import DeadlineExceededError, InternalError, ModelFailedError, TetherError, WorkerLostError
 from tether.ports import LoadedModel
 from tether.types import InferRequest, ModelVersion, Tensors
-from tether.wire.frames import INLINE, FrameReader, FrameWriter, Head
+from tether.wire.frames import INLINE, Head
 from tether.wire.oip import decode_request, encode_error, encode_response
-from tether.wire.ring import RingView
 from tether.worker.batching import Rows, join_inputs, next_batch, rows_of, split_outputs
+from tether.worker.connection import Connection
 
 __all__ = ["ModelServer", "ServingStats"]
 
@@ -47,54 +46,11 @@ class ServingStats:
     """Requests decoded and not yet run."""
 
 
-class _Connection:
-    """One gateway's connection: its frames in, its replies out, its ring."""
-
-    __slots__ = ("closed", "reader", "ring", "socket", "writer")
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket, self.reader, self.writer = sock, FrameReader(), FrameWriter()
-        self.ring = _receive_ring(sock)
-        self.closed = False
-
-    def receive(self) -> list[tuple[Head, memoryview]]:
-        """Raises: ConnectionError: the gateway went away."""
-        got = self.socket.recv_into(self.reader.space())
-        if not got:
-            raise ConnectionResetError
-        return self.reader.received(got)
-
-    def flush(self) -> None:
-        if self.writer and not self.closed:
-            with contextlib.suppress(OSError):  # the gateway went away: the next receive says so
-                for part in self.writer.take():
-                    self.socket.sendall(part)
-
-    def close(self) -> None:
-        self.closed = True
-        self.socket.close()
-        if self.ring is not None:
-            self.ring.close()
-
-
-def _receive_ring(sock: socket.socket) -> RingView | None:
-    """The first byte of a connection says whether a ring's descriptor comes with it."""
-    sock.settimeout(5.0)
-    _, fds, _, _ = socket.recv_fds(sock, 1, 1)
-    sock.settimeout(None)
-    if not fds:
-        return None
-    try:
-        return RingView(fds[0])
-    finally:
-        os.close(fds[0])
-
-
 @dataclass(slots=True)
 class _Job:
     """A decoded request that waits for its batch."""
 
-    connection: _Connection
+    connection: Connection
     id: int
     request: InferRequest
     rows: Rows
@@ -108,15 +64,18 @@ class ModelServer:
 
     def __init__(self, model: ModelVersion, loaded: LoadedModel, endpoint: Path, max_rows: int = 32) -> None:
         self.model, self.loaded, self.endpoint, self.stats = model, loaded, endpoint, ServingStats()
-        self._max_rows = max_rows if loaded.info.batched else 1
+        # requests of a model that keeps something between runs are run one by one: a batch that failed could not be run again
+        self._max_rows = max_rows if loaded.info.batched and loaded.info.pure else 1
         self._queue: deque[_Job] = deque()
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[int, Connection] = {}
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = socket.socketpair()
         self._listener = _listen(endpoint)
         self._stopping = False
         self._batch_deadline: float | None = None
         """Until when somebody waits for the batch that runs; None between batches."""
+        self._batch_guard = threading.Lock()
+        """Held while a run is interrupted: the batch can't end meanwhile, so the next one is never hit."""
         self._thread = threading.Thread(target=self._serve, name=f"serve-{model}", daemon=True)
 
     def start(self) -> None:
@@ -125,32 +84,43 @@ class ModelServer:
         self._selector.register(self._wake, selectors.EVENT_READ, None)
         self._thread.start()
 
-    def stop(self, timeout: float = 30.0) -> None:
-        """Answer what has arrived, then close the socket and free the model. Blocks until done."""
+    def stop(self, grace: float = 10.0) -> None:
+        """Answer what was read, then close the socket and free the model. Blocks; a run that takes longer than `grace` is interrupted."""
         self._stopping = True
         with contextlib.suppress(OSError):  # its thread has ended by itself
             self._waker.send(b"x")
-        self._thread.join(timeout)
+        self._thread.join(grace)
+        if self._thread.is_alive():
+            self.loaded.interrupt()
+            self._thread.join(grace)
 
     def interrupt_if_late(self, now: float) -> None:
         """End a run for which nobody waits any more: one endless loop in a model would hold its thread for ever. From any thread."""
-        deadline = self._batch_deadline
-        if deadline is not None and now > deadline + _LATE:
-            log.warning("run interrupted", model=str(self.model))
-            self._batch_deadline = None
-            self.loaded.interrupt()
+        with self._batch_guard:
+            deadline = self._batch_deadline
+            if deadline is not None and now > deadline + _LATE:
+                log.warning("run interrupted", model=str(self.model))
+                self._batch_deadline = None
+                self.loaded.interrupt()
 
     def _serve(self) -> None:
         try:
             while not self._stopping or self._queue:
-                for key, _ in self._selector.select(0 if self._queue else None):
-                    if key.data is not None:
-                        key.data()
-                self._run_batch()
-        except Exception:
-            log.exception("model server failed", model=str(self.model))
+                self._turn()
         finally:
             self._close()
+
+    def _turn(self) -> None:
+        """Take in what arrived, run one batch."""
+        for key, events in self._selector.select(0 if self._queue else None):
+            if key.data is not None:
+                key.data(events)
+        try:
+            self._run_batch()
+        except Exception:  # a bug of ours in one batch: its gateways ask elsewhere, the model serves on
+            log.exception("batch lost", model=str(self.model))
+            for connection in list(self._connections.values()):
+                self._drop(connection)
 
     def _close(self) -> None:
         self._listener.close()
@@ -163,36 +133,52 @@ class ModelServer:
         self._waker.close()
         self.loaded.close()
 
-    def _accept(self) -> None:
+    def _accept(self, _events: int) -> None:
         try:
             sock, _ = self._listener.accept()
-            connection = _Connection(sock)
         except OSError as error:
             log.warning("gateway connection refused", model=str(self.model), error=str(error))
             return
-        self._connections[sock.fileno()] = connection
-        self._selector.register(sock, selectors.EVENT_READ, lambda: self._receive(connection))
+        connection = self._connections[sock.fileno()] = Connection(sock)
+        self._selector.register(sock, selectors.EVENT_READ, lambda events: self._talk(connection, events))
 
-    def _receive(self, connection: _Connection) -> None:
+    def _talk(self, connection: Connection, events: int) -> None:
+        """Read what the socket has, write what it takes. A gateway that breaks the rules of the frames loses its own connection."""
         try:
-            frame = connection.receive()
+            if events & selectors.EVENT_READ:
+                self._receive(connection)
+            if events & selectors.EVENT_WRITE:
+                connection.send()
+            self._flush(connection)
         except OSError:
             self._drop(connection)
-            return
-        now = time.monotonic()
+        except Exception:
+            log.exception("gateway connection broken", model=str(self.model))
+            self._drop(connection)
+
+    def _receive(self, connection: Connection) -> None:
+        frame, now = connection.receive(), time.monotonic()
         for head, payload in frame:
             self._decode(connection, head, payload, now)
         frame.clear()
         connection.reader.release()
-        connection.flush()
 
-    def _drop(self, connection: _Connection) -> None:
+    def _flush(self, connection: Connection) -> None:
+        """Send; what is left waits until the socket takes more."""
+        connection.flush()
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.owes else 0)
+        key = self._selector.get_key(connection.socket)
+        if key.events != wanted:
+            self._selector.modify(connection.socket, wanted, key.data)
+
+    def _drop(self, connection: Connection) -> None:
+        if self._connections.pop(connection.socket.fileno(), None) is None:
+            return
         self._selector.unregister(connection.socket)
-        del self._connections[connection.socket.fileno()]
         self._queue = deque(job for job in self._queue if job.connection is not connection)
         connection.close()
 
-    def _decode(self, connection: _Connection, head: Head, payload: memoryview, now: float) -> None:
+    def _decode(self, connection: Connection, head: Head, payload: memoryview, now: float) -> None:
         """Arrays of a binary request view its bytes, so those of a frame are copied first; a ring block stays until the reply."""
         block: memoryview | None = None
         try:
@@ -210,7 +196,7 @@ class ModelServer:
         self._queue.append(_Job(connection, head.id, request, rows, now + head.timeout_ms / 1000, block))
         self.stats.waiting = len(self._queue)
 
-    def _refuse(self, connection: _Connection, request_id: int, error: Exception) -> None:
+    def _refuse(self, connection: Connection, request_id: int, error: Exception) -> None:
         self.stats.failures += 1
         if not isinstance(error, TetherError):
             log.error("request failed", model=str(self.model), exc_info=error)
@@ -221,14 +207,14 @@ class ModelServer:
         jobs = self._take()
         if jobs:
             self._answer(jobs)
-            for connection in {id(job.connection): job.connection for job in jobs}.values():
-                connection.flush()
+        for connection in {id(job.connection): job.connection for job in jobs}.values():
+            self._talk(connection, 0)
 
     def _take(self) -> list[_Job]:
         """The next batch; what is past its deadline is answered and left out."""
+        while self._queue and self._is_late(self._queue[0]):
+            self._talk(self._queue.popleft().connection, 0)  # which may drop it, and its requests from the queue
         queue = self._queue
-        while queue and self._is_late(queue[0]):
-            queue.popleft().connection.flush()
         count = next_batch([job.rows for job in queue], self._max_rows)
         jobs = [queue.popleft() for _ in range(count)]
         self.stats.waiting = len(queue)
@@ -258,11 +244,14 @@ class ModelServer:
 
     def _run(self, jobs: list[_Job]) -> Tensors:
         begun = time.perf_counter()
-        self._batch_deadline = max(job.deadline for job in jobs)
+        inputs = join_inputs([job.request for job in jobs])
+        with self._batch_guard:
+            self._batch_deadline = max(job.deadline for job in jobs)
         try:
-            outputs = self.loaded.run(join_inputs([job.request for job in jobs]))
+            outputs = self.loaded.run(inputs)
         finally:
-            self._batch_deadline = None
+            with self._batch_guard:
+                self._batch_deadline = None
             self.stats.busy += time.perf_counter() - begun
         rows = sum(job.rows.count for job in jobs)
         if self.loaded.info.batched:
@@ -281,6 +270,8 @@ class ModelServer:
             return
         self.stats.requests += 1
         job.connection.writer.reply(job.id, 200, body, header_nbytes)
+        if job.connection.writer.is_full:
+            self._talk(job.connection, 0)
 
 
 def _listen(endpoint: Path) -> socket.socket:
