@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -37,7 +38,12 @@ class Life:
         self._loop = asyncio.get_running_loop()
 
     def ready(self, **facts: Any) -> None:
-        """Tell the supervisor, if there is one: the service answers."""
+        """Tell the supervisor, if there is one: the service answers.
+
+        What exists now stays: the garbage collector need not look through it again and again, which stops a gateway for 40 ms each time.
+        """
+        gc.collect()
+        gc.freeze()
         descriptor = _inherited(READY_ENV)
         if descriptor is not None:
             os.write(descriptor, json.dumps(facts).encode() + b"\n")
