@@ -312,7 +312,13 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0
 assert len(lab.models) == 0
 """
-    run = subprocess.run([sys.executable, "-c", program, gateway.url, KEY], capture_output=True, text=True, timeout=30, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, gateway.url, KEY],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     assert (run.returncode, run.stderr) == (0, "")
 
 

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tether.errors import BadInputError
 from tether.lab.tensors import cast, named_arrays, to_array, to_npz
+from tether.testing.requirements import needs
 from tether.types import DATATYPES, TensorSpec
 from tether.wire.npz import from_npz
 
@@ -48,9 +48,15 @@ def test_nan_and_infinity_survive_a_cast():
     assert cast(np.array([np.nan, np.inf]), spec("FP32")).dtype == np.float32
 
 
-def test_lists_tensors_and_text_become_arrays():
-    assert to_array([[1, 2], [3, 4]]).shape == (2, 2)
+@needs("torch")
+def test_a_torch_tensor_leaves_its_graph():
+    import torch  # seconds, which the other tests of this file need not pay
+
     assert to_array(torch.ones(3, requires_grad=True)).dtype == np.float32
+
+
+def test_lists_and_text_become_arrays():
+    assert to_array([[1, 2], [3, 4]]).shape == (2, 2)
     assert to_array(["a", "é"]).tolist() == [b"a", "é".encode()]
     assert to_array(np.array([b"a"])).dtype == object
 
