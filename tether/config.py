@@ -6,8 +6,10 @@ tools beside it), then the defaults below.  The data folder: `--data`, else `TET
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +64,15 @@ class DataFolder:
         Raises: ConfigError: it can't be made or is not writable.
         """
         try:
-            for folder in (self.root, self.tls, self.keys, self.logs, self.run, self.runtime):
+            for folder in (self.root, self.tls, self.keys, self.logs, self.run):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"data folder {self.root}: {error.strerror}; choose another with --data or TETHER_HOME") from error
         if not os.access(self.root, os.W_OK):
             raise ConfigError(f"data folder {self.root} is not writable; choose another with --data or TETHER_HOME")
-        if self.runtime.stat().st_uid != os.getuid():
-            raise ConfigError(f"{self.runtime} belongs to another user; set TMPDIR to a folder of your own")
+        runtime = self.runtime
+        _make_own(runtime.parent)
+        _make_own(runtime)
         return self
 
     @property
@@ -104,9 +107,29 @@ class DataFolder:
 
     @property
     def runtime(self) -> Path:
-        """Folder of the Unix sockets: their paths are limited to 107 bytes, so it is not below `root`."""
+        """Folder of the Unix sockets: their paths are limited to 107 bytes, so it is not below `root`.
+
+        Not in XDG_RUNTIME_DIR either: that is removed at logout, and a detached lab lives on.
+        """
         digest = hashlib.sha256(str(self.root).encode()).hexdigest()[:12]
         return Path(tempfile.gettempdir()) / f"tether-{os.getuid()}" / digest
+
+
+def _make_own(folder: Path) -> None:
+    """A folder that this user alone can enter. Others may write around it (`/tmp`) and have put theirs, or a link, there first.
+
+    Raises: ConfigError: it can't be made, is not this user's, or is open to others.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise ConfigError(f"folder for sockets {folder}: {error.strerror}; set TMPDIR to a folder of your own") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(f"{folder} is not a folder of this user's; remove it, or set TMPDIR to a folder of your own")
+    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"{folder} is open to other users; run `chmod 700 {folder}` if nobody else has put anything there, or remove it")
 
 
 HOUSEKEEPING: dict[str, object] = {

@@ -1,12 +1,17 @@
 """What dies comes back, what ends leaves nothing behind, and nobody who was promised an answer goes without one."""
 
+import contextlib
+import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -15,6 +20,9 @@ from conftest import WEIGHTS, write_model
 
 import tether
 from tether import errors
+from tether.config import DataFolder
+from tether.lab.launch import running
+from tether.security.keys import ensure_api_key
 
 X = np.random.default_rng(5).random((3, 16), dtype=np.float32)
 PROMPT = 20.0
@@ -35,8 +43,30 @@ def eventually(condition, timeout=PROMPT):
         time.sleep(0.05)
 
 
+@pytest.fixture
+def started():
+    """`tether up` in a terminal; none outlives its test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(data, environment=()):
+            command = [sys.executable, "-m", "tether", "up", "--workers", "1", "--data", str(data)]
+            environment = os.environ | dict(environment)
+            process = stack.enter_context(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+            )
+            stack.callback(process.terminate)
+            return process
+
+        yield start
+
+
+def services(lab, name):
+    """The one of this name, as long as the lab knows of it."""
+    return [each for each in lab.status().services if each.name == name]
+
+
 def service(lab, name):
-    return next(each for each in lab.status().services if each.name == name)
+    return services(lab, name)[0]
 
 
 def processes_of(data):
@@ -123,8 +153,11 @@ def test_every_service_that_is_killed_comes_back_and_answers(own_lab, tmp_path, 
 def test_close_leaves_no_process_and_a_new_lab_finds_the_models(tmp_path):
     with tether.up(workers=1, data=tmp_path / "data") as lab:
         lab.publish("tiny", write_model(tmp_path / "model.onnx"))
+        lab.infer("tiny", X)
         assert len(processes_of(tmp_path / "data")) >= 4
+        assert any(DataFolder(tmp_path / "data").runtime.rglob("*.sock"))
     assert processes_of(tmp_path / "data") == []
+    assert not DataFolder(tmp_path / "data").runtime.exists()
     with tether.up(workers=1, data=tmp_path / "data") as lab:
         np.testing.assert_allclose(lab.infer("tiny", X), X @ WEIGHTS, rtol=1e-5)
 
@@ -151,11 +184,60 @@ def test_a_killed_supervisor_leaves_no_orphan(tmp_path):
     lab.close()
 
 
+def test_what_a_killed_supervisor_wrote_is_not_taken_for_the_lab_that_starts_after_it(tmp_path, started):
+    folder = DataFolder(tmp_path / "data").create()
+    ensure_api_key(folder.api_key)
+    facts = {"gateway": "http://127.0.0.1:1", "pid": 1, "version": tether.__version__, "notes": [], "ready": True}
+    (folder.run / "lab.json").write_text(json.dumps(facts))
+    process = started(folder.root)
+    seen = eventually(lambda: running(folder))
+    assert seen.pid == process.pid
+    assert {each["state"] for each in json.loads((folder.run / "lab.json").read_text())["services"]} == {"running"}
+
+
+def test_supervision_goes_on_where_its_own_folders_are_deleted(own_lab, tmp_path):
+    folder = DataFolder(tmp_path / "data")
+    before = service(own_lab, "worker-1")
+    shutil.rmtree(folder.run)
+    shutil.rmtree(folder.logs)
+    for _ in range(2):
+        os.kill(before.pid, signal.SIGKILL)
+        before = eventually(
+            lambda old=before: next((each for each in services(own_lab, "worker-1") if each.pid not in {None, old.pid}), None)
+        )
+        eventually(lambda: service(own_lab, "worker-1").state == "running")
+    own_lab.close()
+    assert processes_of(tmp_path / "data") == []
+
+
+def test_two_that_start_a_lab_on_one_folder_at_once_share_it(tmp_path, capsys):
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: tether.up(workers=1, data=tmp_path / "data"), range(2))
+    assert first.gateway == second.gateway
+    assert capsys.readouterr().out.count("attached to it") == 1
+    for lab in (first, second):
+        lab.close()
+    assert processes_of(tmp_path / "data") == []
+
+
+def test_a_lab_that_waits_for_another_to_choose_its_ports_ends_when_it_is_told_to(tmp_path, started):
+    shared = tmp_path / f"tether-{os.getuid()}"
+    shared.mkdir(mode=0o700)
+    lock = shared / "ports.lock"
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = started(tmp_path / "data", {"TMPDIR": str(tmp_path)})
+        eventually(lambda: str(lock) in {each.path for each in psutil.Process(process.pid).open_files()})
+        process.terminate()
+        output, _ = process.communicate(timeout=PROMPT)
+    assert process.returncode == 0, output
+    assert list(shared.iterdir()) == [lock]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_tether_up_in_a_terminal_ends_cleanly(tmp_path, number):
-    command = [sys.executable, "-m", "tether", "up", "--workers", "1", "--data", str(tmp_path / "data")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    eventually(lambda: (tmp_path / "data" / "run" / "lab.json").exists() and tether.connect(data=tmp_path / "data").close() is None)
+def test_tether_up_in_a_terminal_ends_cleanly(tmp_path, started, number):
+    process = started(tmp_path / "data")
+    eventually(lambda: tether.connect(data=tmp_path / "data").close() is None)
     process.send_signal(number)
     output, _ = process.communicate(timeout=PROMPT)
     assert process.returncode == 0, output

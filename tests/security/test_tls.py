@@ -30,6 +30,12 @@ def test_an_authority_without_its_key_is_an_error_that_says_what_to_do(tmp_path)
         ensure_tls(tmp_path, "gateway")
 
 
+def test_what_a_killed_start_left_half_written_is_in_nobodys_way(tmp_path):
+    (tmp_path / "ca-key.pem.partial").mkdir()
+    ensure_tls(tmp_path, "worker")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["ca-key.pem", "ca.pem", "worker-key.pem", "worker.pem"]
+
+
 async def connect(server_files, client_files):
     """One TLS connection in which both sides must show a certificate; the bytes that came through."""
     serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=server_files.ca)

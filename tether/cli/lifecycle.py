@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -19,18 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["down", "status", "up"]
 
 
+def _gpus(ctx: click.Context, param: click.Parameter, value: str) -> Any:
+    return "auto" if value == "auto" else click.IntRange(0)(value, param, ctx)
+
+
 @click.command("up")
 @click.option("--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Worker processes.")
-@click.option("--gpus", type=click.IntRange(0), default=0, show_default=True, help="GPUs of this machine to use.")
+@click.option("--gpus", callback=_gpus, metavar="auto|N", default="0", show_default=True, help="GPUs of this machine to use; auto: all.")
 @click.option("--pretend-gpus", is_flag=True, help="Tag workers with GPUs that are not there, to test placement.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the gateway  [default: 8000, or the next free one].")
 @click.option("--detach", is_flag=True, help="Return when the lab is up; end it with `tether down`.")
 @data_folder
-def up(workers: int, gpus: int, pretend_gpus: bool, port: int | None, detach: bool, data: str | None) -> None:
+def up(workers: int, gpus: int | Literal["auto"], pretend_gpus: bool, port: int | None, detach: bool, data: str | None) -> None:
     """Start a lab on this machine: scheduler, workers, model manager, gateway."""
-    from tether.lab.launch import UpSettings, launch  # processes and TLS: not for `--help`
+    from tether.lab.launch import UpSettings, gpu_count, launch  # processes and TLS: not for `--help`
 
-    settings = UpSettings(DataFolder.locate(data), workers=workers, port=port, gpus=gpus, pretend_gpus=pretend_gpus)
+    settings = UpSettings(DataFolder.locate(data), workers=workers, port=port, gpus=gpu_count(gpus), pretend_gpus=pretend_gpus)
     if not detach:
         sys.exit(_stay(settings))
     lab = launch(settings, bound=False)
@@ -81,7 +85,7 @@ def status(target: Target, json_: bool) -> None:
     click.echo(f"gateway  {found.gateway or 'none'}\ndata     {found.data}\n")
     print_table(
         ("service", "state", "for", "pid", "address"),
-        [(each.name, each.state, age_text(now - each.since), each.pid, each.address) for each in found.services],
+        [(each.name, each.state, age_text(now - each.since), each.pid or "", each.address) for each in found.services],
     )
     click.echo()
     print_table(("worker", "state", "gpus", "models"), [(each.id, each.state, each.gpus, ", ".join(each.models)) for each in found.workers])

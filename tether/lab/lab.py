@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
 from urllib.parse import urlsplit
 
 from tether._version import __version__
@@ -16,7 +16,7 @@ from tether.client.http import HttpClient
 from tether.config import DataFolder
 from tether.errors import LabRunningError, NoLabError, TetherError, UnsupportedError
 from tether.lab import loop
-from tether.lab.launch import Running, UpSettings, launch, running
+from tether.lab.launch import Running, UpSettings, gpu_count, launch, running, settled
 from tether.lab.operations import Operations
 from tether.lab.views import Models, Workers
 
@@ -163,23 +163,35 @@ def up(
     *,
     data: str | os.PathLike[str] | None = None,
     port: int | None = None,
-    gpus: int = 0,
+    gpus: int | Literal["auto"] = 0,
     pretend_gpus: bool = False,
 ) -> Lab:
     """Start a lab on this machine: scheduler, workers, model manager and gateway. It ends with this process, or when it is closed.
 
-    Where a lab already runs on the data folder (`data`, else `TETHER_HOME`, else the platform's), it attaches to that one and says so.
+    Where a lab already runs on the data folder (`data`, else `TETHER_HOME`, else the platform's), or is being started there, it attaches to
+    that one and says so. `gpus="auto"`: all of this machine.
 
     Raises: PortBusyError: `port` was asked for and is taken; StartFailedError: a service did not come up; ConfigError.
     """
     folder = DataFolder.locate(data)
-    found = running(folder)
-    if found is not None:
-        _check_version(found)
-        where = f" at {found.gateway}" if found.gateway else ""
-        print(f"A lab already runs on {folder.root}: attached to it{where}. Closing this does not stop it.")  # noqa: T201 (says so)
-        return Lab(_client(found))
-    settings = UpSettings(folder, workers=workers, gateway=gateway, port=port, gpus=gpus, pretend_gpus=pretend_gpus)
+    settings = UpSettings(folder, workers=workers, gateway=gateway, port=port, gpus=gpu_count(gpus), pretend_gpus=pretend_gpus)
+    while (found := running(folder)) is None:
+        try:
+            return _started(settings)
+        except LabRunningError:
+            if not settled(folder):  # another start came first: wait for its lab, or try again where it failed
+                raise
+    return _attached(found)
+
+
+def _attached(found: Running) -> Lab:
+    _check_version(found)
+    where = f" at {found.gateway}" if found.gateway else ""
+    print(f"A lab already runs on {found.data.root}: attached to it{where}. Closing this does not stop it.")  # noqa: T201 (says so)
+    return Lab(_client(found))
+
+
+def _started(settings: UpSettings) -> Lab:
     started = launch(settings, bound=True)
     for note in started.notes:
         print(note)  # noqa: T201 (a port that was not the usual one: the user must know)

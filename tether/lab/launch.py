@@ -17,12 +17,15 @@ from typing import Any
 
 from tether.config import DataFolder
 from tether.errors import StartFailedError, TetherError, from_code
-from tether.lab.supervisor import LAB_FILE, LOCK_FILE, UpSettings, supervise
+from tether.lab.supervisor import LAB_FILE, LOCK_FILE, START_TIMEOUT, UpSettings, gpu_count, supervise
 from tether.telemetry.service import LIFELINE_ENV, READY_ENV
 
-__all__ = ["Running", "UpSettings", "launch", "running", "supervise"]
+__all__ = ["Running", "UpSettings", "gpu_count", "launch", "running", "settled", "supervise"]
 
-_START_TIMEOUT = 60.0
+_LAUNCH_TIMEOUT = START_TIMEOUT + 30.0
+"""The supervisor gives up first and knows which service is late; this is for one that hangs itself."""
+_STOP_TIMEOUT = 45.0
+"""Four roles of ten seconds each, and a little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +65,40 @@ class Running:
     def _alive(self) -> bool:
         if self.child is not None:
             return self.child.poll() is None
-        return running(self.data) is not None
+        return _held(self.data)
 
 
 def running(data: DataFolder) -> Running | None:
     """The lab on this data folder; None when no supervisor holds its lock or it is not up yet."""
+    if not _held(data):
+        return None
+    try:
+        facts = json.loads((data.run / LAB_FILE).read_text())
+        return _running(data, facts) if facts.get("ready") else None
+    except (OSError, ValueError):
+        return None
+
+
+def _held(data: DataFolder) -> bool:
+    """Whether a supervisor holds the lock of the data folder."""
     try:
         with (data.run / LOCK_FILE).open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
     except FileNotFoundError:
-        return None
+        return False
     except OSError:
-        pass
-    try:
-        return _running(data, json.loads((data.run / LAB_FILE).read_text()))
-    except (OSError, ValueError):
-        return None
+        return True
+    return False
+
+
+def settled(data: DataFolder, timeout: float = START_TIMEOUT) -> bool:
+    """Wait while a lab starts on the data folder: True when it is up or was given up, False when neither came in time."""
+    deadline = time.monotonic() + timeout
+    while _held(data) and running(data) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _running(data: DataFolder, facts: dict[str, Any], child: subprocess.Popen[bytes] | None = None, lifeline: int | None = None) -> Running:
@@ -92,39 +112,59 @@ def launch(settings: UpSettings, *, bound: bool) -> Running:
     Raises: LabRunningError, PortBusyError, StartFailedError, ConfigError.
     """
     settings.data.create()
-    lifeline_read, lifeline_write = os.pipe() if bound else (None, None)
+    log = settings.data.logs / "supervisor.log"
     ready_read, ready_write = os.pipe()
-    with (settings.data.logs / "supervisor.log").open("ab") as log:
-        passed = [ready_write] if lifeline_read is None else [ready_write, lifeline_read]
-        environment = os.environ | {READY_ENV: str(ready_write), "PYTHONUNBUFFERED": "1"}
-        if lifeline_read is not None:
-            environment[LIFELINE_ENV] = str(lifeline_read)
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tether.lab.launch", _encode(settings)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            pass_fds=passed,
-            start_new_session=True,
-        )
-    for descriptor in passed:
-        os.close(descriptor)
-    facts = _await_ready(ready_read, child, settings.data.logs / "supervisor.log")
-    return _running(settings.data, facts, child, lifeline_write)
+    lifeline_read, lifeline_write = os.pipe() if bound else (None, None)
+    child = None
+    try:
+        child = _spawned(settings, log, {READY_ENV: ready_write, LIFELINE_ENV: lifeline_read})
+        return _running(settings.data, _await_ready(ready_read, log), child, lifeline_write)
+    except BaseException:  # Ctrl-C too: a start that nobody waits for any more leaves nothing
+        if lifeline_write is not None:
+            os.close(lifeline_write)
+        if child is not None:
+            _end(child)
+        raise
+    finally:
+        os.close(ready_read)
 
 
-def _await_ready(descriptor: int, child: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
-    with os.fdopen(descriptor, "rb") as pipe:
-        if not select.select([pipe], [], [], _START_TIMEOUT)[0]:
-            child.terminate()
-            raise StartFailedError(f"the lab is not up after {_START_TIMEOUT:g} s; see {log}")
+def _spawned(settings: UpSettings, log_path: Path, ends: dict[str, int | None]) -> subprocess.Popen[bytes]:
+    """The supervisor. `ends`: environment variable → the end of a pipe that it gets, and that is closed here."""
+    passed = {name: end for name, end in ends.items() if end is not None}
+    try:
+        with log_path.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tether.lab.launch", _encode(settings)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {name: str(end) for name, end in passed.items()} | {"PYTHONUNBUFFERED": "1"},
+                pass_fds=tuple(passed.values()),
+                start_new_session=True,
+            )
+    finally:
+        for end in passed.values():
+            os.close(end)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(_STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        child.kill()  # its services end with it
+        child.wait()
+
+
+def _await_ready(descriptor: int, log: Path) -> dict[str, Any]:
+    if not select.select([descriptor], [], [], _LAUNCH_TIMEOUT)[0]:
+        raise StartFailedError(f"the lab is not up after {_LAUNCH_TIMEOUT:g} s; see {log}")
+    with os.fdopen(descriptor, "rb", closefd=False) as pipe:
         line = pipe.readline()
     facts: dict[str, Any] = json.loads(line) if line else {"error": ["start_failed", f"the lab's supervisor died; see {log}"]}
     if "error" in facts:
-        child.wait()
-        code, message = facts["error"]
-        raise from_code(code, message)
+        raise from_code(*facts["error"])
     return facts
 
 

@@ -144,7 +144,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     role: str = ""
-    pid: int = 0
+    pid: int | None = None
+    """None: it does not run now."""
     address: str = ""
     state: str = ""
     since: float = 0.0

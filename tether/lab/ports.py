@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
-from tether.errors import PortBusyError
+from tether.errors import ConfigError, PortBusyError
 
-__all__ = ["PortPicker", "bind_exactly", "holder_of"]
+__all__ = ["PortPicker", "bind_exactly", "holder_of", "ports_lock"]
 
 _STEP = 10
 """A second lab on one machine gets 8010, 8011, 8012 …: the same last digits."""
 _TRIES = 200
+
+
+@contextmanager
+def ports_lock(folder: Path) -> Iterator[int]:
+    """The open file that labs of one user lock while they choose ports; not through a link, which would open a file of another's choice.
+
+    Raises: ConfigError: it can't be opened.
+    """
+    path = folder / "ports.lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be opened ({error.strerror}); remove it") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def holder_of(port: int) -> str:

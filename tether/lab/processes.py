@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from tether.errors import StartFailedError
 from tether.telemetry.service import LIFELINE_ENV, READY_ENV
@@ -21,11 +24,18 @@ __all__ = ["Process", "ServiceSpec"]
 
 _LOG_NBYTES = 10 << 20
 """A log is put aside at start when it is larger."""
-_BACKOFF = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Seconds before the next start after n deaths in a row; from the start again once it has lived `_STEADY` seconds."""
+_BACKOFF = (0.0, 0.2, 0.5, 1.0)
+"""Seconds before the next start after n deaths in a row; from the start again once it has lived `_STEADY` seconds.
+
+No longer than a second: what is killed again and again must be back at once each time; what never answered is given up before that.
+"""
 _STEADY = 30.0
 _FIRST_TRIES = 3
 """Deaths before the first ready line that end the whole start."""
+_REAP = 5.0
+"""Seconds for a killed process to be gone."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,11 @@ class Process:
         """Of the running process."""
         return self._child.pid if self._child is not None and self._child.returncode is None else None
 
+    @property
+    def answered(self) -> bool:
+        """Whether it was ready once."""
+        return self._ready.is_set()
+
     def start(self) -> None:
         """Begin to keep it running."""
         self._keeper = asyncio.create_task(self._keep())
@@ -77,13 +92,17 @@ class Process:
         await asyncio.wait([answered, keeper], return_when=asyncio.FIRST_COMPLETED)
         if not self._ready.is_set():
             answered.cancel()
-            raise StartFailedError(f"{self.spec.name} does not start; the end of {self.log_path}:\n{self._log_tail()}")
+            raise self.failure("does not start")
+
+    def failure(self, what: str) -> StartFailedError:
+        """The error that says what it does not do, with the end of its log."""
+        return StartFailedError(f"{self.spec.name} {what}; the end of {self.log_path}:\n{self._log_tail()}")
 
     async def _keep(self) -> None:
         deaths = 0
         while not self._stopping.is_set():
             begun = time.monotonic()
-            await self._run_once()
+            await self._attempt()
             if self._stopping.is_set():
                 break
             deaths = 0 if time.monotonic() - begun > _STEADY else deaths + 1
@@ -95,38 +114,46 @@ class Process:
                 await asyncio.wait_for(self._stopping.wait(), _BACKOFF[min(deaths, len(_BACKOFF) - 1)])
         self._change("stopped")
 
-    async def _run_once(self) -> None:
-        ready_read, ready_write = os.pipe()
-        with _opened(self.log_path) as log_file:
-            environment = os.environ | {READY_ENV: str(ready_write), LIFELINE_ENV: str(self._lifeline), "PYTHONUNBUFFERED": "1"}
-            try:
-                self._child = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "tether",
-                    *self.spec.arguments,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log_file,
-                    stderr=log_file,
-                    env=environment,
-                    pass_fds=(ready_write, self._lifeline, *self.spec.inherit),
-                    start_new_session=True,  # Ctrl-C in a terminal goes to the supervisor alone, which ends them in order
-                )
-            finally:
-                os.close(ready_write)
-        listening = asyncio.create_task(self._listen(ready_read))
+    async def _attempt(self) -> None:
+        """One life of the service. What keeps it from starting (no descriptors, no memory left) may pass: it counts as a death, no more."""
         try:
-            await self._child.wait()
-        finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            await self._run_once()
+        except Exception:
+            _log.exception("%s could not be started", self.spec.name)
 
-    async def _listen(self, descriptor: int) -> None:
+    async def _run_once(self) -> None:
+        with _pipe() as (ready_read, ready_write):
+            child = self._child = await self._spawned(ready_write.fileno())
+            ready_write.close()  # the child's end is the last: its death ends the line
+            listening = asyncio.create_task(self._listen(ready_read))
+            try:
+                if self._stopping.is_set():  # `stop` came during the start and had nobody to tell
+                    self._signal(signal.SIGTERM)
+                await child.wait()
+            finally:
+                self._signal(signal.SIGKILL)  # cancelled: nothing runs on without its keeper
+                listening.cancel()
+                await asyncio.gather(listening, return_exceptions=True)
+
+    async def _spawned(self, ready: int) -> asyncio.subprocess.Process:
+        with _opened(self.log_path) as log_file:
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tether",
+                *self.spec.arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                env=os.environ | {READY_ENV: str(ready), LIFELINE_ENV: str(self._lifeline), "PYTHONUNBUFFERED": "1"},
+                pass_fds=(ready, self._lifeline, *self.spec.inherit),
+                start_new_session=True,  # Ctrl-C in a terminal goes to the supervisor alone, which ends them in order
+            )
+
+    async def _listen(self, pipe: Any) -> None:
         """The ready line, or the end of the pipe."""
         reader = asyncio.StreamReader()
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0)
-        )
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
         try:
             line = await reader.readline()
             if line:
@@ -143,19 +170,21 @@ class Process:
     async def stop(self, grace: float) -> None:
         """SIGTERM, and SIGKILL when it has not ended after `grace` seconds."""
         self._stopping.set()
-        child, keeper = self._child, self._keeper
+        keeper = self._keeper
         if keeper is None:
             return
-        if child is not None and child.returncode is None:
+        self._signal(signal.SIGTERM)
+        if not (await asyncio.wait([keeper], timeout=grace))[0]:
+            self._signal(signal.SIGKILL)
+            await asyncio.wait([keeper], timeout=_REAP)
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the process that runs now, if one does."""
+        if self._child is not None and self._child.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                child.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(asyncio.shield(keeper), grace)
-        except TimeoutError:
-            if child is not None and child.returncode is None:
-                child.kill()
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
+                self._child.send_signal(number)
 
     def _log_tail(self) -> str:
         try:
@@ -164,8 +193,21 @@ class Process:
             return "(no log)"
 
 
-def _opened(path: Path) -> Any:
-    with contextlib.suppress(FileNotFoundError):
+def _opened(path: Path) -> BinaryIO:
+    """The log, or nothing's: a service runs on where its log can't be written."""
+    with contextlib.suppress(OSError):
         if path.stat().st_size > _LOG_NBYTES:
             path.replace(path.with_name(path.name + ".1"))
-    return path.open("ab")
+    try:
+        return path.open("ab")
+    except OSError as error:
+        _log.warning("the log %s can't be written (%s): this run has none", path, error.strerror)
+        return Path(os.devnull).open("ab")
+
+
+@contextmanager
+def _pipe() -> Iterator[tuple[FileIO, FileIO]]:
+    """Read end and write end, both closed at the end whatever happens."""
+    reader, writer = os.pipe()
+    with FileIO(reader, "rb") as read_end, FileIO(writer, "wb") as write_end:
+        yield read_end, write_end

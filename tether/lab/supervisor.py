@@ -9,32 +9,41 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
+import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tether._version import __version__
 from tether.config import GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, worker_ports
-from tether.errors import ConfigError, LabRunningError
-from tether.lab.ports import PortPicker, bind_exactly
+from tether.errors import ConfigError, LabRunningError, StartFailedError
+from tether.lab.ports import PortPicker, bind_exactly, ports_lock
 from tether.lab.processes import Process, ServiceSpec
 from tether.security.keys import ensure_api_key
 from tether.security.tls import ROLES, ensure_tls
 from tether.telemetry.service import Life
 
-__all__ = ["LAB_FILE", "LOCK_FILE", "UpSettings", "supervise"]
+__all__ = ["LAB_FILE", "LOCK_FILE", "START_TIMEOUT", "UpSettings", "gpu_count", "supervise"]
 
 LAB_FILE = "lab.json"
 LOCK_FILE = "lab.lock"
+START_TIMEOUT = 60.0
+"""Seconds for all services to answer, the wait for another lab that starts included."""
+_LOCK_PATIENCE = 0.5
+"""Seconds to ask for the lock again: who only looks whether a lab runs holds it for a moment too."""
+_POLL = 0.02
 _STOP_GRACE = 10.0
 _STOP_ORDER = ("gateway", "worker", "manager", "orchestrator")
 """The door first, then who works behind it: nothing accepted is dropped for want of a worker."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +65,35 @@ def _only_lab(data: DataFolder) -> Iterator[None]:
     """Raises: LabRunningError: another supervisor has this data folder."""
     path = data.run / LOCK_FILE
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise LabRunningError(
-                f"a lab already runs on {data.root} (pid {file.read().strip() or 'unknown'}); "
-                "use it (`tether status`), end it (`tether down`), or choose another folder with --data"
-            ) from None
+        deadline = time.monotonic() + _LOCK_PATIENCE
+        while not _locked(file.fileno()):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise LabRunningError(
+                    f"a lab already runs on {data.root} (pid {file.read().strip() or 'unknown'}); "
+                    "use it (`tether status`), end it (`tether down`), or choose another folder with --data"
+                )
+            time.sleep(_POLL)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
 
 
-@contextmanager
-def _alone_with_ports(data: DataFolder) -> Iterator[None]:
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def _alone_with_ports(data: DataFolder) -> AsyncIterator[None]:
     """Between looking for free ports and their services holding them no other lab of this user looks."""
-    with (data.runtime.parent / "ports.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with ports_lock(data.runtime.parent) as descriptor:
+        while not _locked(descriptor):  # noqa: ASYNC110 (a wait in flock would stop the loop, signals included)
+            await asyncio.sleep(_POLL)
         yield
 
 
@@ -87,7 +106,7 @@ class Supervisor:
         self._processes: list[Process] = []
         self._started = time.time()
         self._gateway: socket.socket | None = None
-        self._ending = False
+        self._complete = self._ending = False
         lifeline, self._hold = os.pipe()
         self._lifeline = lifeline
 
@@ -119,7 +138,16 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             for process in self._processes:
                 group.create_task(process.ready())
+        self._complete = True
         self._write_state()
+
+    def lateness(self) -> StartFailedError:
+        """Why it is not up yet: the first service that has not answered."""
+        late = f"is not up after {START_TIMEOUT:g} s"
+        for process in self._processes:
+            if not process.answered:
+                return process.failure(late)
+        return StartFailedError(f"the lab {late}: another lab of this user is starting; try again when it is up")
 
     def _specs(self) -> list[ServiceSpec]:
         settings, root = self._settings, ["--data", str(self._data.root)]
@@ -148,16 +176,19 @@ class Supervisor:
         return gpus // workers + (index < gpus % workers)
 
     async def stop(self) -> None:
-        """End the services in order, each within its time."""
+        """End the services in order, each within its time, whatever one of them does; then nothing of theirs is left but the data."""
         self._ending = True
         for role in _STOP_ORDER:
-            await asyncio.gather(*(process.stop(_STOP_GRACE) for process in self._processes if process.spec.role == role))
+            ending = [process.stop(_STOP_GRACE) for process in self._processes if process.spec.role == role]
+            for error in await asyncio.gather(*ending, return_exceptions=True):
+                if error is not None:
+                    _log.error("a %s could not be stopped", role, exc_info=error)
         if self._gateway is not None:
             self._gateway.close()
         os.close(self._hold)
         os.close(self._lifeline)
-        with contextlib.suppress(FileNotFoundError):
-            (self._data.run / LAB_FILE).unlink()
+        _forget(self._data)
+        shutil.rmtree(self._data.runtime, ignore_errors=True)
 
     def description(self) -> dict[str, Any]:
         """The file that `tether status` and `tether.up()` read; its services are those of DESIGN.md §7."""
@@ -168,12 +199,13 @@ class Supervisor:
             "pid": os.getpid(),
             "version": __version__,
             "started": self._started,
+            "ready": self._complete,
             "notes": self.notes,
             "services": [
                 {
                     "name": process.spec.name,
                     "role": process.spec.role,
-                    "pid": process.pid or 0,
+                    "pid": process.pid,
                     "address": self.url if process.spec.role == "gateway" else process.facts.get("address", ""),
                     "state": process.state,
                     "since": process.since,
@@ -188,8 +220,28 @@ class Supervisor:
             return
         path = self._data.run / LAB_FILE
         partial = path.with_name(f"{LAB_FILE}.{secrets.token_hex(4)}.partial")
-        partial.write_text(json.dumps(self.description(), indent=1))
-        partial.replace(path)
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            partial.write_text(json.dumps(self.description(), indent=1))
+            partial.replace(path)
+        except OSError as error:  # what `tether status` shows is old then; the services are looked after all the same
+            _log.warning("the state of the lab can't be written to %s (%s)", path, error.strerror)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _forget(data: DataFolder) -> None:
+    with contextlib.suppress(OSError):
+        (data.run / LAB_FILE).unlink(missing_ok=True)
+
+
+async def _start_alone(supervisor: Supervisor, data: DataFolder) -> None:
+    """Raises: what `Supervisor.start` raises; StartFailedError: it takes too long."""
+    try:
+        async with asyncio.timeout(START_TIMEOUT), _alone_with_ports(data):
+            await supervisor.start()
+    except TimeoutError:
+        raise supervisor.lateness() from None
 
 
 async def _live(settings: UpSettings, announce: Any) -> None:
@@ -197,15 +249,14 @@ async def _live(settings: UpSettings, announce: Any) -> None:
     life.watch()
     supervisor = Supervisor(settings)
     try:
-        with _alone_with_ports(settings.data):
-            ended = asyncio.ensure_future(life.ended())
-            starting = asyncio.ensure_future(supervisor.start())
-            await asyncio.wait([ended, starting], return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():
-                starting.cancel()
-                await asyncio.gather(starting, return_exceptions=True)
-                return
-            _raise_first(starting)
+        ended = asyncio.ensure_future(life.ended())
+        starting = asyncio.ensure_future(_start_alone(supervisor, settings.data))
+        await asyncio.wait([ended, starting], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        _raise_first(starting)
         announce(supervisor)
         life.ready(**supervisor.description())
         await ended
@@ -232,8 +283,21 @@ def supervise(settings: UpSettings, announce: Any = lambda _supervisor: None) ->
     settings.data.create()
     _check(settings)
     with _only_lab(settings.data):
+        _forget(settings.data)  # of a supervisor that was killed
         asyncio.run(_live(settings, announce))
     return 0
+
+
+def gpu_count(wished: int | Literal["auto"]) -> int:
+    """As many GPUs as this machine has for "auto", else the number itself.
+
+    Raises: ConfigError: it is neither.
+    """
+    if wished == "auto":
+        return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if not isinstance(wished, int) or wished < 0:
+        raise ConfigError(f"{wished!r} GPUs: give a number from 0 on, or auto for all of this machine")
+    return wished
 
 
 def _check(settings: UpSettings) -> None:
