@@ -10,10 +10,12 @@ __all__ = [
     "CatalogChanged",
     "CatalogModel",
     "Event",
+    "LoadCut",
     "LoadFailed",
     "Loaded",
     "ManagerLeft",
     "ModelWanted",
+    "Tick",
     "Unloaded",
     "WorkerJoined",
     "WorkerLeft",
@@ -42,7 +44,7 @@ class WorkerJoined:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLeft:
-    """The worker's connection ended: killed, stopped or cut off."""
+    """The worker's connection ended: killed, stopped or cut off. Dask tells of it before another worker may join at the address."""
 
     address: str
 
@@ -55,13 +57,15 @@ class CatalogChanged:
     count: int
     """The catalog's change count."""
     models: dict[str, CatalogModel]
+    stream: int
+    """Number of the connection that told it. Addresses are fixed ports, so only this tells a manager from the one before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerLeft:
-    """The manager's connection ended; what is loaded serves on."""
+    """A connection of the manager ended; what is loaded serves on."""
 
-    manager: str
+    stream: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ class Loaded:
     """A worker has the version in memory and answers at `endpoint`."""
 
     address: str
+    pid: int
+    """Of the process that was asked: the next one of this name has the same address."""
     model: ModelVersion
     endpoint: str
 
@@ -85,9 +91,19 @@ class LoadFailed:
     """A worker could not load the version."""
 
     address: str
+    pid: int
     model: ModelVersion
     code: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCut:
+    """The connection ended before the worker answered: nothing is known of the version, and mostly the worker is dead."""
+
+    address: str
+    pid: int
+    model: ModelVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +111,13 @@ class Unloaded:
     """A worker freed the version."""
 
     address: str
+    pid: int
     model: ModelVersion
 
 
-Event = WorkerJoined | WorkerLeft | CatalogChanged | ManagerLeft | ModelWanted | Loaded | LoadFailed | Unloaded
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = WorkerJoined | WorkerLeft | CatalogChanged | ManagerLeft | ModelWanted | Loaded | LoadFailed | LoadCut | Unloaded | Tick

@@ -4,8 +4,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from tether.events import CatalogChanged, CatalogModel, Loaded, LoadFailed, ManagerLeft, ModelWanted, Unloaded, WorkerJoined, WorkerLeft
-from tether.orchestrator.state import RETRY_AFTER, ControlState, Load, Push, Unload
+from tether.events import (
+    CatalogChanged,
+    CatalogModel,
+    LoadCut,
+    Loaded,
+    LoadFailed,
+    ManagerLeft,
+    ModelWanted,
+    Tick,
+    Unloaded,
+    WorkerJoined,
+    WorkerLeft,
+)
+from tether.orchestrator.state import FORGET_AFTER, RETRY_AFTER, ControlState, Load, Push, Unload
 from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId
 
 SPEC = TensorSpec("x", "FP32", (-1, 4))
@@ -16,13 +28,15 @@ def version(name="digits", number=1):
     return ModelVersion(name, number, Digest(f"{number:064x}"))
 
 
-def catalog(*numbers, name="digits"):
+def catalog(*numbers, name="digits", stream=1):
     versions = {number: (version(name, number), INFO) for number in numbers}
-    return CatalogChanged("tls://m", 1, {name: CatalogModel(name, max(numbers), {"latest": max(numbers)}, versions)} if numbers else {})
+    models = {name: CatalogModel(name, max(numbers), {"latest": max(numbers)}, versions)} if numbers else {}
+    return CatalogChanged("tls://m", 1, models, stream)
 
 
-def joined(number):
-    return WorkerJoined(WorkerId(f"worker-{number}"), f"tls://w{number}", 100 + number, 0)
+def joined(number, life=0):
+    """`life`: how often this worker was started before; each start is another process at the same address."""
+    return WorkerJoined(WorkerId(f"worker-{number}"), f"tls://w{number}", 100 + number + 10 * life, 0)
 
 
 def of(instructions, kind):
@@ -38,10 +52,10 @@ def running(*events, copies=2):
 
 def test_a_wanted_model_is_loaded_once_routed_and_then_copied():
     state = running(catalog(1), joined(1), joined(2), joined(3))
-    assert of(state.handle(ModelWanted(version()), 1.0), Load) == [Load("tls://w1", version())]
+    assert of(state.handle(ModelWanted(version()), 1.0), Load) == [Load("tls://w1", 101, version())]
     assert state.table.resolve("digits").state == "loading"
-    instructions = state.handle(Loaded("tls://w1", version(), "/s/1"), 1.1)
-    assert of(instructions, Load) == [Load("tls://w2", version())]
+    instructions = state.handle(Loaded("tls://w1", 101, version(), "/s/1"), 1.1)
+    assert of(instructions, Load) == [Load("tls://w2", 102, version())]
     assert [route.endpoint for route in of(instructions, Push)[-1].table.resolve("digits").routes] == ["/s/1"]
 
 
@@ -51,37 +65,37 @@ def test_asking_again_while_it_loads_asks_no_worker_twice():
 
 
 def test_a_lost_worker_is_replaced_by_the_next_one():
-    loaded = [Loaded(f"tls://w{number}", version(), f"/s/{number}") for number in (1, 2)]
+    loaded = [Loaded(f"tls://w{number}", 100 + number, version(), f"/s/{number}") for number in (1, 2)]
     state = running(catalog(1), joined(1), joined(2), joined(3), ModelWanted(version()), *loaded)
     instructions = state.handle(WorkerLeft("tls://w1"), 2.0)
-    assert of(instructions, Load) == [Load("tls://w3", version())]
+    assert of(instructions, Load) == [Load("tls://w3", 103, version())]
     assert state.table.workers[WorkerId("worker-1")].state == "lost"
     assert [route.endpoint for route in state.table.resolve("digits").routes] == ["/s/2"]
 
 
 def test_a_worker_that_comes_back_gets_its_models_again():
-    state = running(catalog(1), joined(1), ModelWanted(version()), Loaded("tls://w1", version(), "/s/1"), WorkerLeft("tls://w1"))
-    assert of(state.handle(joined(1), 3.0), Load) == [Load("tls://w1", version())]
+    state = running(catalog(1), joined(1), ModelWanted(version()), Loaded("tls://w1", 101, version(), "/s/1"), WorkerLeft("tls://w1"))
+    assert of(state.handle(joined(1), 3.0), Load) == [Load("tls://w1", 101, version())]
 
 
 def test_a_failed_load_is_reported_and_tried_again_later_only():
     state = running(catalog(1), joined(1), ModelWanted(version()))
-    state.handle(LoadFailed("tls://w1", version(), "bad_model", "corrupt"), 1.0)
+    state.handle(LoadFailed("tls://w1", 101, version(), "bad_model", "corrupt"), 1.0)
     entry = state.table.resolve("digits")
     assert (entry.state, entry.reason) == ("failed", "bad_model: corrupt")
     assert of(state.handle(ModelWanted(version()), 1.5), Load) == []
-    assert of(state.handle(ModelWanted(version()), 1.0 + RETRY_AFTER), Load) == [Load("tls://w1", version())]
+    assert of(state.handle(ModelWanted(version()), 1.0 + RETRY_AFTER), Load) == [Load("tls://w1", 101, version())]
 
 
 def test_what_is_no_longer_published_is_unloaded():
-    state = running(catalog(1, 2), joined(1), ModelWanted(version()), Loaded("tls://w1", version(), "/s/1"))
-    assert of(state.handle(catalog(2), 2.0), Unload) == [Unload("tls://w1", version())]
-    assert state.handle(Unloaded("tls://w1", version()), 2.1) == []
+    state = running(catalog(1, 2), joined(1), ModelWanted(version()), Loaded("tls://w1", 101, version(), "/s/1"))
+    assert of(state.handle(catalog(2), 2.0), Unload) == [Unload("tls://w1", 101, version())]
+    assert state.handle(Unloaded("tls://w1", 101, version()), 2.1) == []
 
 
 def test_a_lost_manager_takes_nothing_away_from_the_table():
-    state = running(catalog(1), joined(1), ModelWanted(version()), Loaded("tls://w1", version(), "/s/1"))
-    (push,) = state.handle(ManagerLeft("tls://m"), 2.0)
+    state = running(catalog(1), joined(1), ModelWanted(version()), Loaded("tls://w1", 101, version(), "/s/1"))
+    (push,) = state.handle(ManagerLeft(1), 2.0)
     assert push.table.manager is None
     assert push.table.resolve("digits").routes
 
@@ -91,6 +105,72 @@ def test_an_unknown_model_is_not_wanted():
     assert state.handle(ModelWanted(version("other")), 1.0) == []
 
 
+def test_a_load_that_its_workers_death_cut_off_is_no_failure_and_is_placed_again_when_it_is_back():
+    state = running(catalog(1), joined(1), ModelWanted(version()))
+    assert of(state.handle(LoadCut("tls://w1", 101, version()), 1.0), Load) == []
+    assert (state.table.resolve("digits").state, state.table.resolve("digits").reason) == ("unloaded", "")
+    state.handle(WorkerLeft("tls://w1"), 1.1)
+    assert of(state.handle(joined(1, life=1), 1.5), Load) == [Load("tls://w1", 111, version())]
+
+
+def test_a_load_that_was_cut_off_by_a_worker_that_lives_is_tried_again():
+    state = running(catalog(1), joined(1), ModelWanted(version()))
+    state.handle(LoadCut("tls://w1", 101, version()), 1.0)
+    assert of(state.handle(Tick(), 1.0 + RETRY_AFTER), Load) == [Load("tls://w1", 101, version())]
+
+
+def test_a_late_answer_of_a_dead_process_is_not_taken_for_one_of_the_next_at_its_address():
+    state = running(catalog(1), joined(1), ModelWanted(version()), WorkerLeft("tls://w1"), joined(1, life=1))
+    late = [
+        Loaded("tls://w1", 101, version(), "/s/old"),
+        LoadFailed("tls://w1", 101, version(), "x", "y"),
+        LoadCut("tls://w1", 101, version()),
+    ]
+    for event in late:
+        assert state.handle(event, 1.0) == []
+    assert state.table.resolve("digits").state == "loading"
+    state.handle(Loaded("tls://w1", 111, version(), "/s/new"), 1.1)
+    assert state.handle(Unloaded("tls://w1", 101, version()), 1.2) == []
+    assert [route.endpoint for route in state.table.resolve("digits").routes] == ["/s/new"]
+
+
+def test_time_alone_brings_the_next_try_ever_later_until_a_request_asks():
+    state = running(catalog(1), joined(1))
+    assert not state.unsettled
+    state.handle(ModelWanted(version()), 0.0)
+    tries, now = [], 0.0
+    state.handle(LoadFailed("tls://w1", 101, version(), "bad_model", "no"), now)
+    while now < 200 and state.unsettled:
+        now += 1.0
+        if of(state.handle(Tick(), now), Load):
+            tries.append(now)
+            state.handle(LoadFailed("tls://w1", 101, version(), "bad_model", "no"), now)
+    assert tries == [5, 15, 35, 75, 135, 195]
+    assert of(state.handle(ModelWanted(version()), 195 + RETRY_AFTER), Load)
+    state.handle(Loaded("tls://w1", 101, version(), "/s/1"), now)
+    assert not state.unsettled
+
+
+def test_the_end_of_an_old_managers_stream_does_not_unregister_the_new_one_at_the_same_address():
+    state = running(catalog(1), catalog(1, 2, stream=2))
+    assert state.handle(ManagerLeft(1), 1.0) == []
+    assert state.handle(catalog(1), 1.0) == []
+    assert state.table.manager == "tls://m"
+    state.handle(ManagerLeft(2), 1.0)
+    assert state.table.manager is None
+
+
+def test_lost_workers_are_forgotten_after_an_hour_and_reasons_with_their_version():
+    state = running(catalog(1), joined(1), joined(2), ModelWanted(version()), LoadFailed("tls://w1", 101, version(), "bad_model", "no"))
+    state.handle(WorkerLeft("tls://w1"), 1.0)
+    state.handle(catalog(2), 2.0)
+    state.handle(catalog(1, 2), 3.0)
+    assert state.table.resolve("digits", "1").state != "failed"
+    assert WorkerId("worker-1") in state.table.workers
+    state.handle(Tick(), 1.0 + FORGET_AFTER)
+    assert list(state.table.workers) == [WorkerId("worker-2")]
+
+
 class Cluster(RuleBasedStateMachine):
     """Random events; what must hold after each."""
 
@@ -98,28 +178,34 @@ class Cluster(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.state, self.now, self.alive, self.told = ControlState(2), 0.0, set(), set()
+        self.state, self.now, self.alive = ControlState(2), 0.0, {}
         self.loading = []
+        self.late = []
+        """Loads of processes that have died since: their answers must change nothing."""
+        self.lives = 0
 
     def do(self, event):
         self.now += 0.5
         for instruction in self.state.handle(event, self.now):
             if isinstance(instruction, Load):
-                assert instruction.address in self.alive
-                assert (instruction.address, instruction.model) not in self.loading
-                self.loading.append((instruction.address, instruction.model))
+                assert self.alive[instruction.address] == instruction.pid
+                assert instruction not in self.loading
+                self.loading.append(instruction)
 
     @rule(number=st.integers(1, 4))
     def join(self, number):
         if f"tls://w{number}" not in self.alive:
-            self.alive.add(f"tls://w{number}")
-            self.do(joined(number))
+            self.lives += 1
+            event = joined(number, self.lives)
+            self.alive[event.address] = event.pid
+            self.do(event)
 
     @rule(number=st.integers(1, 4))
     def leave(self, number):
         address = f"tls://w{number}"
-        self.alive.discard(address)
-        self.loading = [each for each in self.loading if each[0] != address]
+        self.alive.pop(address, None)
+        self.late += [each for each in self.loading if each.address == address]
+        self.loading = [each for each in self.loading if each.address != address]
         self.do(WorkerLeft(address))
 
     @rule(numbers=st.sets(st.integers(1, 3)))
@@ -130,18 +216,37 @@ class Cluster(RuleBasedStateMachine):
     def want(self, number):
         self.do(ModelWanted(version(number=number)))
 
-    @rule(data=st.data(), fails=st.booleans())
-    def answer(self, data, fails):
+    @rule(data=st.data(), end=st.sampled_from(["loaded", "failed", "cut"]))
+    def answer(self, data, end):
         if self.loading:
-            address, model = self.loading.pop(data.draw(st.integers(0, len(self.loading) - 1)))
-            self.do(LoadFailed(address, model, "bad_model", "no") if fails else Loaded(address, model, f"{address}/{model}"))
+            self.do(self.end_of(self.loading.pop(data.draw(st.integers(0, len(self.loading) - 1))), end))
+
+    @rule(end=st.sampled_from(["loaded", "failed", "cut"]))
+    def answer_late(self, end):
+        if self.late:
+            before = self.state.table
+            self.do(self.end_of(self.late.pop(), end))
+            assert self.state.table.workers == before.workers
+
+    @rule()
+    def tick(self):
+        self.do(Tick())
+
+    def end_of(self, load, end):
+        match end:
+            case "loaded":
+                return Loaded(load.address, load.pid, load.model, f"{load.address}/{load.pid}/{load.model}")
+            case "failed":
+                return LoadFailed(load.address, load.pid, load.model, "bad_model", "no")
+            case _:
+                return LoadCut(load.address, load.pid, load.model)
 
     @invariant()
     def routes_lead_to_live_workers_only(self):
         table = self.state.table
         for entry in table.models.values():
             for each in entry.versions.values():
-                assert {table.workers[route.worker].address for route in each.routes} <= self.alive
+                assert {table.workers[route.worker].address for route in each.routes} <= set(self.alive)
                 assert len(each.routes) <= 2
                 assert (each.state == "ready") == bool(each.routes)
 

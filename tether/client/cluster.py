@@ -60,6 +60,8 @@ class OrchestratorClient:
                 tries = 0
             except OSError as error:
                 log.warning("orchestrator away", address=self._address, error=str(error))
+            except Exception:  # whatever it was: a gateway that follows nobody would serve an ever older table
+                log.exception("following the orchestrator failed", address=self._address)
             await asyncio.sleep(_RECONNECT[min(tries, len(_RECONNECT) - 1)])
             tries += 1
 
@@ -130,19 +132,26 @@ class ManagerClient:
         address = self._address()
         if address is None:
             raise ServiceUnavailableError("the model manager is away; what is loaded serves on, try again in a few seconds")
-        if self._rpc is None or address != self._connected:
-            await self.close()
-            self._rpc, self._connected = rpc(address, connection_args=self._args), address
-        handler = getattr(self._rpc, f"tether_{operation}")
-        answer = await _call(handler, "manager", address, patience=patience, **arguments)
+        manager = await self._manager(address)
+        answer = await _call(getattr(manager, f"tether_{operation}"), "manager", address, patience=patience, **arguments)
         await self._reflects(answer["change"])
         return answer["answer"]
 
+    async def _manager(self, address: str) -> rpc:
+        """The connections to this address. Changed before anything is awaited: of two callers one makes them, the other finds them."""
+        if self._rpc is not None and address == self._connected:
+            return self._rpc
+        made, old = rpc(address, connection_args=self._args), self._rpc
+        self._rpc, self._connected = made, address
+        if old is not None:
+            await old.close_rpc()
+        return made
+
     async def close(self) -> None:
         """Drop the connections."""
-        if self._rpc is not None:
-            await self._rpc.close_rpc()
-            self._rpc = None
+        old, self._rpc = self._rpc, None
+        if old is not None:
+            await old.close_rpc()
 
     async def put_blob(self, digest: str, data: bytes) -> dict[str, Any]:
         return dict(await self._ask("put_blob", digest=digest, data=data))

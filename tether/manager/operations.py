@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from tether.errors import BadNameError, StoreError
+from tether.errors import BadNameError, StoreError, UnknownModelError
 from tether.events import CatalogModel
 from tether.manager.publishing import EXAMPLE, Publisher
 from tether.security.identity import Identity
-from tether.store import FILES, ModelRecord, Repository, VersionRecord
+from tether.store import FILES, ModelRecord, Published, Repository, VersionRecord
 from tether.types import Digest, ModelInfo, ModelRef, ModelVersion, model_name
 
 __all__ = ["Operations"]
@@ -56,40 +56,31 @@ class Operations:
 
     async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
         published, record = await self._publisher.publish(model_name(name), draft)
-        info, _ = self._info(record.digest)
-        return self._version(record) | {"name": record.name, "created": published.created, "info": msgspec.to_builtins(info)}
+        return await asyncio.to_thread(self._published, published, record)
 
     async def models(self) -> list[dict[str, Any]]:
-        return [self._model(record) for record in self._repository.models()]
+        return await asyncio.to_thread(self._models)
 
     async def model(self, name: str) -> dict[str, Any]:
-        wanted = self._repository.resolve(ModelRef.parse(name)).name
-        record = next(record for record in self._repository.models() if record.name == wanted)
-        described = self._model(record)
-        for version in described["versions"]:
-            info, example = self._info(Digest(version["digest"]))
-            version |= {"info": msgspec.to_builtins(info), "example": example}
-        return described
+        return await asyncio.to_thread(self._described, name)
 
     async def manifest(self, name: str, version: int) -> dict[str, Any]:
-        record = self._resolve(name, version)
-        manifest = self._repository.manifest(record.digest)
-        return {"version": record.version, "digest": record.digest, "manifest": msgspec.to_builtins(manifest)}
+        return await asyncio.to_thread(self._manifest, name, version)
 
     async def set_alias(self, name: str, alias: str, version: int) -> dict[str, Any]:
-        change = self._repository.set_alias(name, alias, version)
+        change = await asyncio.to_thread(self._repository.set_alias, name, alias, version)
         return {"alias": change.alias, "from": change.before, "to": change.after}
 
     async def delete_alias(self, name: str, alias: str) -> dict[str, Any]:
-        self._repository.delete_alias(name, alias)
+        await asyncio.to_thread(self._repository.delete_alias, name, alias)
         return {"alias": alias}
 
     async def rollback(self, name: str, alias: str | None) -> dict[str, Any]:
-        change = self._repository.rollback(name, alias)
+        change = await asyncio.to_thread(self._repository.rollback, name, alias)
         return {"alias": change.alias, "from": change.before, "to": change.after}
 
     async def delete_version(self, name: str, version: int) -> dict[str, Any]:
-        self._repository.delete_version(name, version)
+        await asyncio.to_thread(self._repository.delete_version, name, version)
         return {"name": name, "version": version}
 
     async def verify(self, name: str, version: int | None) -> dict[str, Any]:
@@ -103,11 +94,34 @@ class Operations:
             raise BadNameError(f"unknown scope among {', '.join(scopes)}; the one scope is: code")
         if not re.fullmatch("[0-9a-f]{64}", publisher):
             raise BadNameError(f"{publisher[:80]!r} is no public key: a publisher's key is 64 hex digits, `tether show NAME` prints it")
-        self._repository.trust(publisher, scopes)
+        await asyncio.to_thread(self._repository.trust, publisher, scopes)
         return {"publisher": publisher, "scopes": list(scopes)}
 
+    def _published(self, published: Published, record: VersionRecord) -> dict[str, Any]:
+        info, _ = self._info(record.digest)
+        return self._version(record) | {"name": record.name, "created": published.created, "info": msgspec.to_builtins(info)}
+
+    def _models(self) -> list[dict[str, Any]]:
+        return [self._model(record) for record in self._repository.models()]
+
+    def _described(self, name: str) -> dict[str, Any]:
+        wanted = self._repository.resolve(ModelRef.parse(name)).name
+        record = next((record for record in self._repository.models() if record.name == wanted), None)
+        if record is None:
+            raise UnknownModelError(f"{name} was deleted just now; list the models to see which are there")
+        described = self._model(record)
+        for version in described["versions"]:
+            info, example = self._info(Digest(version["digest"]))
+            version |= {"info": msgspec.to_builtins(info), "example": example}
+        return described
+
+    def _manifest(self, name: str, version: int) -> dict[str, Any]:
+        record = self._resolve(name, version)
+        manifest = self._repository.manifest(record.digest)
+        return {"version": record.version, "digest": record.digest, "manifest": msgspec.to_builtins(manifest)}
+
     def change_count(self) -> int:
-        """Grows with each change of the catalog."""
+        """Grows with each change of the catalog. It waits for a transaction that goes on: in a thread, then, as `catalog`."""
         return self._repository.change_count()
 
     def catalog(self) -> dict[str, CatalogModel]:

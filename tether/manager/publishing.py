@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
 from tether.errors import BadInputError, MalformedManifestError, MalformedRequestError, MissingBlobsError, UntrustedCodeError
-from tether.runtimes.inspecting import inspect_in_sandbox
+from tether.runtimes.inspecting import Inspection, inspect_in_sandbox
 from tether.security.identity import Identity
 from tether.store import FILES, HIDDEN, ArrayEntry, Manifest, Published, Repository, Segment, VersionRecord, decode, encode, signed_message
 from tether.types import ModelInfo, ModelRef
 from tether.wire.npz import to_npz
 
 __all__ = ["EXAMPLE", "EXPECTED", "Draft", "Publisher", "SignedManifest", "parse_draft"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 EXAMPLE = f"{HIDDEN}/example.npz"
 """Where a version keeps its example inputs, named and cast as the model takes them: one example is one digest however it was given."""
@@ -73,15 +80,29 @@ class Publisher:
     identity: Identity
     workspace: Path
     """Where files are put together for inspection; what a killed manager leaves there is removed at its next start."""
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "publish"))
+    """Of its own: gigabytes that are copied and hashed must keep no short call waiting for a thread."""
 
     async def publish(self, name: str, body: Mapping[str, Any]) -> tuple[Published, VersionRecord]:
         """What became of it, and the version. Raises: what parsing, inspecting and storing raise; nothing was stored then."""
         draft = parse_draft(body)
         if isinstance(draft, SignedManifest):
-            return self._adopt(name, draft)
+            return await self._in_thread(self._adopt, name, draft)
         arrays = [ArrayEntry(f"{FILES}/{file.path}", "uint8", (file.nbytes,), file.segments) for file in draft.files]
-        self._check_present(arrays)
+        await self._in_thread(self._check_present, arrays)
         manifest = await self._inspected(draft, arrays)
+        return await self._in_thread(self._commit, name, draft, manifest)
+
+    async def _in_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `asyncio.to_thread`, but one who is cancelled leaves when the thread is done: it must not write into a folder that is gone."""
+        work = asyncio.get_running_loop().run_in_executor(self.threads, lambda: call(*args, **kwargs))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.gather(work, return_exceptions=True)
+            raise
+
+    def _commit(self, name: str, draft: Draft, manifest: Manifest) -> tuple[Published, VersionRecord]:
         data = encode(manifest)
         signature = self.identity.sign(signed_message(data))
         published = self.repository.publish(name, data, self.identity.public, signature, alias=draft.aliases, tags=draft.tags)
@@ -97,21 +118,31 @@ class Publisher:
 
     async def _inspected(self, draft: Draft, arrays: list[ArrayEntry]) -> Manifest:
         """Put the files together outside of the cache, look at them in the sandbox, keep what the model answered to its example."""
-        with tempfile.TemporaryDirectory(dir=self.workspace) as folder:
-            root = Path(folder)
-            # the rules of a manifest's paths hold before a byte is written
-            decode(encode(_manifest(draft, arrays, _NOTHING_KNOWN)))
-            for array in arrays:
-                self._assemble(array, root)
+        async with self._folder() as root:
+            await self._in_thread(self._assemble_all, draft, arrays, root)
             example = root / EXAMPLE
             found = await inspect_in_sandbox(root / draft.entry, draft.framework, example=example if example.exists() else None)
-            kept = [array for array in arrays if array.path != f"{FILES}/{EXAMPLE}"]
-            kept += [
-                self.repository.add_bytes(name, to_npz(tensors))
-                for name, tensors in ((EXAMPLE, found.example_inputs), (EXPECTED, found.example_outputs))
-                if tensors is not None
-            ]
-        return _manifest(draft, kept, found.info)
+        examples = await self._in_thread(self._add_examples, found)
+        return _manifest(draft, [array for array in arrays if array.path != f"{FILES}/{EXAMPLE}"] + examples, found.info)
+
+    @asynccontextmanager
+    async def _folder(self) -> AsyncIterator[Path]:
+        """A folder of the workspace; gone afterwards."""
+        root = Path(tempfile.mkdtemp(dir=self.workspace))
+        try:
+            yield root
+        finally:
+            await self._in_thread(shutil.rmtree, root, ignore_errors=True)
+
+    def _assemble_all(self, draft: Draft, arrays: list[ArrayEntry], root: Path) -> None:
+        # the rules of a manifest's paths hold before a byte is written
+        decode(encode(_manifest(draft, arrays, _NOTHING_KNOWN)))
+        for array in arrays:
+            self._assemble(array, root)
+
+    def _add_examples(self, found: Inspection) -> list[ArrayEntry]:
+        examples = ((EXAMPLE, found.example_inputs), (EXPECTED, found.example_outputs))
+        return [self.repository.add_bytes(name, to_npz(tensors)) for name, tensors in examples if tensors is not None]
 
     def _assemble(self, array: ArrayEntry, root: Path) -> None:
         target = root / array.path.removeprefix(f"{FILES}/")

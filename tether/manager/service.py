@@ -6,7 +6,7 @@ Each operation answers `{"answer": …}` or `{"error": [code, …]}`: errors of 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import click
@@ -43,10 +43,12 @@ class _Manager(Server):  # type: ignore[misc]  # distributed is untyped
         self._change = asyncio.Event()
 
     async def follow(self) -> None:
-        """Keep the orchestrator told; connect again whenever it comes back."""
+        """Keep the orchestrator told; connect again whenever it comes back. Raises: what is no lost connection: the process should end."""
         while True:
             try:
                 await self._tell()
+            except TetherError:  # StoreError is an OSError too: the catalog can't be read, connecting again won't mend it
+                raise
             except (OSError, CommClosedError) as error:
                 log.info("orchestrator away", error=str(error))
             await asyncio.sleep(_RECONNECT)
@@ -55,13 +57,13 @@ class _Manager(Server):  # type: ignore[misc]  # distributed is untyped
         comm = await connect(self._orchestrator, timeout=2.0, **self._security.get_connection_args("worker"))
         closed = asyncio.ensure_future(comm.read())  # the orchestrator never writes here: this ends when it goes away
         try:
-            count = self._operations.change_count()
-            await comm.write({"op": "tether_manager", "address": self.address, "reply": False} | self._catalog(count))
+            told = await asyncio.to_thread(self._catalog)
+            await comm.write({"op": "tether_manager", "address": self.address, "reply": False} | told)
             while not closed.done():
                 await self._next_change(closed)
-                if self._operations.change_count() != count:
-                    count = self._operations.change_count()
-                    await comm.write(self._catalog(count))
+                if await asyncio.to_thread(self._operations.change_count) != told["count"]:
+                    told = await asyncio.to_thread(self._catalog)
+                    await comm.write(told)
         finally:
             comm.abort()
             await asyncio.gather(closed, return_exceptions=True)
@@ -73,8 +75,9 @@ class _Manager(Server):  # type: ignore[misc]  # distributed is untyped
         change.cancel()
         self._change.clear()
 
-    def _catalog(self, count: int) -> dict[str, Any]:
-        """At least as new as `count`, which was read first."""
+    def _catalog(self) -> dict[str, Any]:
+        """At least as new as its count, which is read first."""
+        count = self._operations.change_count()
         return {"count": count, "catalog": msgspec.msgpack.encode(self._operations.catalog())}
 
     def answering(self, operation: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[dict[str, Any]]]:
@@ -83,7 +86,7 @@ class _Manager(Server):  # type: ignore[misc]  # distributed is untyped
         async def handle(**arguments: Any) -> dict[str, Any]:
             try:
                 answer = await operation(**arguments)
-                return {"answer": answer, "change": self._operations.change_count()}
+                return {"answer": answer, "change": await asyncio.to_thread(self._operations.change_count)}
             except TetherError as error:
                 return {"error": [error.code, *error.args]}
             except Exception as error:
@@ -112,13 +115,25 @@ def _command(orchestrator: str, data: str | None, host: str, port: int) -> None:
             await server.listen(f"tls://{host}:{port}", **security.get_listen_args("worker"))
             following = asyncio.create_task(server.follow())
             life.ready(address=server.address)
-            await life.ended()
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-            await server.close()
+            try:
+                await _until(life.ended(), following)
+            finally:
+                await server.close()
 
     with dask.config.set(HOUSEKEEPING | {"temporary-directory": str(folder.runtime)}):
         run_service(serve)
+
+
+async def _until(ended: Coroutine[Any, Any, None], following: asyncio.Task[None]) -> None:
+    """Wait for the end. A follower that fails ends the process: the supervisor's next one tells the orchestrator again."""
+    ending = asyncio.ensure_future(ended)
+    await asyncio.wait([ending, following], return_when=asyncio.FIRST_COMPLETED)
+    failed = following.done()
+    for task in (ending, following):
+        task.cancel()
+    await asyncio.gather(ending, following, return_exceptions=True)
+    if failed:
+        following.result()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

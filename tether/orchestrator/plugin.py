@@ -7,6 +7,7 @@ catalogs), `tether_table`.  Messages carry msgpack bytes of our own types, never
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from typing import Any
 
@@ -16,14 +17,17 @@ from distributed import Scheduler, SchedulerPlugin
 from distributed.comm import Comm, CommClosedError
 from distributed.core import Status
 
+from tether.errors import InternalError
 from tether.events import (
     CatalogChanged,
     CatalogModel,
     Event,
+    LoadCut,
     Loaded,
     LoadFailed,
     ManagerLeft,
     ModelWanted,
+    Tick,
     Unloaded,
     WorkerJoined,
     WorkerLeft,
@@ -35,6 +39,8 @@ __all__ = ["OrchestratorPlugin"]
 
 log = structlog.get_logger("tether.orchestrator")
 Catalog = dict[str, CatalogModel]
+_TICK = 2.0
+"""Seconds between looks for versions that may be tried again; only while there are some."""
 
 
 class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed is untyped
@@ -47,6 +53,8 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         self._state = ControlState(copies)
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ticking = False
+        self._streams = itertools.count(1)
 
     async def start(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -73,13 +81,16 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
     def _handle(self, event: Event) -> None:
         for instruction in self._state.handle(event, time.time()):
             self._carry_out(instruction)
+        if self._state.unsettled and not self._ticking:
+            self._ticking = True
+            self._spawn(self._tick())
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
-            case Load(address, model):
-                self._spawn(self._load(address, model))
-            case Unload(address, model):
-                self._spawn(self._unload(address, model))
+            case Load():
+                self._spawn(self._load(instruction))
+            case Unload():
+                self._spawn(self._unload(instruction))
             case Push():
                 self._spawn(self._notify())
 
@@ -88,24 +99,43 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _load(self, address: str, model: ModelVersion) -> None:
+    async def _tick(self) -> None:
+        try:
+            while self._state.unsettled:
+                await asyncio.sleep(_TICK)
+                self._handle(Tick())
+        finally:
+            self._ticking = False
+
+    async def _load(self, load: Load) -> None:
+        self._handle(await self._outcome(load))
+
+    async def _outcome(self, load: Load) -> Event:
+        address, pid, model = load.address, load.pid, load.model
         try:
             answer = await self._scheduler.rpc(address).tether_load(model=msgspec.msgpack.encode(model))
-        except OSError as error:  # the worker went away; Dask says so by itself
-            answer = {"error": ["worker_lost", str(error)]}
-        if "endpoint" in answer:
-            self._handle(Loaded(address, model, answer["endpoint"]))
-        else:
+            if "endpoint" in answer:
+                return Loaded(address, pid, model, answer["endpoint"])
             code, message = answer["error"]
-            log.warning("load failed", worker=address, model=str(model), code=code, error=message)
-            self._handle(LoadFailed(address, model, code, message))
+        except OSError as error:
+            log.warning("load cut off", worker=address, model=str(model), error=str(error))
+            return LoadCut(address, pid, model)
+        except Exception as error:
+            log.exception("load failed", worker=address, model=str(model))
+            reason = f"{type(error).__name__}: {error}; the orchestrator's log has the traceback"
+            return LoadFailed(address, pid, model, InternalError.code, reason)
+        log.warning("load failed", worker=address, model=str(model), code=code, error=message)
+        return LoadFailed(address, pid, model, code, message)
 
-    async def _unload(self, address: str, model: ModelVersion) -> None:
+    async def _unload(self, unload: Unload) -> None:
         try:
-            await self._scheduler.rpc(address).tether_unload(model=msgspec.msgpack.encode(model))
-        except OSError:
+            await self._scheduler.rpc(unload.address).tether_unload(model=msgspec.msgpack.encode(unload.model))
+        except OSError:  # the worker went away; Dask says so by itself
             return
-        self._handle(Unloaded(address, model))
+        except Exception:
+            log.exception("unload failed", worker=unload.address, model=str(unload.model))
+            return
+        self._handle(Unloaded(unload.address, unload.pid, unload.model))
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -144,11 +174,14 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
 
     async def _follow_manager(self, comm: Comm, address: str, count: int, catalog: bytes) -> Status:
         """Take in the manager's catalog, now and after every change, until it goes away."""
+        stream = next(self._streams)
         try:
             while True:
-                self._handle(CatalogChanged(address, count, msgspec.msgpack.decode(catalog, type=Catalog)))
+                self._handle(CatalogChanged(address, count, msgspec.msgpack.decode(catalog, type=Catalog), stream))
                 message = await comm.read()
                 count, catalog = message["count"], message["catalog"]
         except CommClosedError:
-            self._handle(ManagerLeft(address))
             return Status.dont_reply
+        finally:
+            self._handle(ManagerLeft(stream))
+            comm.abort()  # after a message that made no sense the manager connects again

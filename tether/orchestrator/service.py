@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 import dask.config
@@ -16,6 +17,13 @@ from tether.telemetry.service import Life, run_service
 __all__ = ["main"]
 
 
+class _Scheduler(Scheduler):  # type: ignore[misc]  # distributed is untyped
+    """Without Dask's HTTP server, which knows no callers' certificates and listens before anybody is asked; nothing here uses it."""
+
+    def start_http_server(self, *_: Any, **__: Any) -> None:
+        """Listen on nothing."""
+
+
 @click.command("orchestrator")
 @click.option("--data", type=click.Path(file_okay=False), help="Data folder of the lab.")
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -26,9 +34,7 @@ def _command(data: str | None, host: str, port: int) -> None:
     security = Security(**ensure_tls(folder.tls, "orchestrator").security())
 
     async def serve(life: Life) -> None:
-        async with Scheduler(
-            host=host, port=port, protocol="tls", security=security, dashboard=False, dashboard_address="127.0.0.1:0"
-        ) as scheduler:
+        async with _Scheduler(host=host, port=port, protocol="tls", security=security, dashboard=False) as scheduler:
             await dask_setup(scheduler)
             life.ready(address=scheduler.address)
             await life.ended()

@@ -11,10 +11,12 @@ from tether.events import (
     CatalogChanged,
     CatalogModel,
     Event,
+    LoadCut,
     Loaded,
     LoadFailed,
     ManagerLeft,
     ModelWanted,
+    Tick,
     Unloaded,
     WorkerJoined,
     WorkerLeft,
@@ -27,21 +29,27 @@ __all__ = ["ControlState", "Instruction", "Load", "Push", "Unload"]
 
 RETRY_AFTER = 5.0
 """Seconds before a worker that failed to load a version is asked again: a wrong file stays wrong, a full memory may empty."""
+RETRY_AT_MOST = 60.0
+"""Each further failure doubles the wait up to this, so that a file that stays wrong costs an idle cluster little; a request begins anew."""
+FORGET_AFTER = 3600.0
+"""Seconds that a lost worker stays in the table, for people to see."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Tell the worker to load the version; it answers with `Loaded` or `LoadFailed`."""
+    """Tell the worker to load the version; what comes of it is `Loaded`, `LoadFailed` or `LoadCut`, with the same `pid`."""
 
     address: str
+    pid: int
     model: ModelVersion
 
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Tell the worker to free the version; it answers with `Unloaded`."""
+    """Tell the worker to free the version; it answers with `Unloaded`, with the same `pid`."""
 
     address: str
+    pid: int
     model: ModelVersion
 
 
@@ -57,9 +65,12 @@ Instruction = Load | Unload | Push
 
 @dataclass(slots=True)
 class _Failure:
-    code: str
-    message: str
     at: float
+    tries: int
+    """In a row, since it was last asked for by a request."""
+
+    def over(self, now: float) -> bool:
+        return now - self.at >= min(RETRY_AFTER * (1 << self.tries - 1), RETRY_AT_MOST)
 
 
 @dataclass(slots=True)
@@ -73,6 +84,12 @@ class _Worker:
     """Version → endpoint."""
     loading: set[ModelVersion] = field(default_factory=set)
     failed: dict[ModelVersion, _Failure] = field(default_factory=dict)
+    """Not to be asked again at once."""
+
+    def fail(self, model: ModelVersion, now: float) -> None:
+        before = self.failed.get(model)
+        self.loading.discard(model)
+        self.failed[model] = _Failure(now, min(before.tries + 1, 10) if before else 1)
 
 
 class ControlState:
@@ -87,6 +104,7 @@ class ControlState:
         self.informed = False
         """Whether a manager has told of its catalog since the start."""
         self._manager: str | None = None
+        self._stream = 0
         self._wanted: set[ModelVersion] = set()
         self._reasons: dict[ModelVersion, str] = {}
         self._seq = 0
@@ -95,63 +113,85 @@ class ControlState:
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Take one event in; what is to be done about it, in order. `now` in seconds of one monotonic-per-run clock (Unix time)."""
         self._apply(event, now)
+        self._lost = {name: entry for name, entry in self._lost.items() if now - entry.since < FORGET_AFTER}
         instructions = [*self._collect(), *self._place(now)]
         table = self._make_table()
         if table is not None:
             instructions.append(Push(table))
         return instructions
 
-    def _apply(self, event: Event, now: float) -> None:  # noqa: C901 (one arm an event, each one call)
+    @property
+    def unsettled(self) -> bool:
+        """Whether a wanted version lacks copies that a worker might take once some time has passed: `Tick` is needed then only."""
+        lacking = [model for model in self._wanted if sum(model in worker.loaded for worker in self._workers.values()) < self._copies]
+        return any(model in worker.failed for model in lacking for worker in self._workers.values())
+
+    def _apply(self, event: Event, now: float) -> None:
         match event:
             case WorkerJoined(worker, address, pid, gpus):
                 self._workers[address] = _Worker(worker, address, pid, gpus, now)
                 self._lost.pop(worker, None)
             case WorkerLeft(address):
                 self._remove(address, now)
-            case CatalogChanged(manager, count, models):
-                self._manager, self._count, self._catalog, self.informed = manager, count, models, True
-                self._wanted &= self._published()
-            case ManagerLeft(manager):
-                if self._manager == manager:
+            case CatalogChanged():
+                self._take_catalog(event)
+            case ManagerLeft(stream):
+                if self._stream == stream:
                     self._manager = None
             case ModelWanted(model):
                 self._want(model)
-            case Loaded(address, model, endpoint):
-                self._loaded(address, model, endpoint)
-            case LoadFailed(address, model, code, message):
-                self._failed(address, model, _Failure(code, message, now))
-            case Unloaded(address, model):
-                if holder := self._workers.get(address):
-                    holder.loaded.pop(model, None)
+            case Loaded() | LoadFailed() | LoadCut() | Unloaded():
+                self._answered(event, now)
+            case Tick():
+                pass  # placing, which follows each event, looks at the time
             case _:
                 assert_never(event)
+
+    def _take_catalog(self, event: CatalogChanged) -> None:
+        if event.stream < self._stream:  # what was still under way from a manager that was replaced
+            return
+        self._stream, self._manager, self._count = event.stream, event.manager, event.count
+        self._catalog, self.informed = event.models, True
+        published = self._published()
+        self._wanted &= published
+        self._reasons = {model: reason for model, reason in self._reasons.items() if model in published}
+        for worker in self._workers.values():
+            worker.failed = {model: failure for model, failure in worker.failed.items() if model in published}
 
     def _published(self) -> set[ModelVersion]:
         return {model for entry in self._catalog.values() for model, _ in entry.versions.values()}
 
     def _want(self, model: ModelVersion) -> None:
-        if model in self._published():
-            self._wanted.add(model)
+        if model not in self._published():
+            return
+        self._wanted.add(model)
+        for worker in self._workers.values():
+            if failure := worker.failed.get(model):
+                failure.tries = 1
 
     def _remove(self, address: str, now: float) -> None:
         worker = self._workers.pop(address, None)
         if worker is not None:
             self._lost[worker.id] = WorkerEntry(worker.id, address, worker.pid, "lost", now, worker.gpus)
 
-    def _loaded(self, address: str, model: ModelVersion, endpoint: str) -> None:
-        worker = self._workers.get(address)
-        if worker is not None:
-            worker.loading.discard(model)
-            worker.failed.pop(model, None)
-            worker.loaded[model] = endpoint
-            self._reasons.pop(model, None)
-
-    def _failed(self, address: str, model: ModelVersion, failure: _Failure) -> None:
-        worker = self._workers.get(address)
-        if worker is not None:
-            worker.loading.discard(model)
-            worker.failed[model] = failure
-            self._reasons[model] = f"{failure.code}: {failure.message}"
+    def _answered(self, event: Loaded | LoadFailed | LoadCut | Unloaded, now: float) -> None:
+        worker, model = self._workers.get(event.address), event.model
+        if worker is None or worker.pid != event.pid:  # a late answer of the process that had this address before
+            return
+        match event:
+            case Loaded():
+                worker.loading.discard(model)
+                worker.failed.pop(model, None)
+                worker.loaded[model] = event.endpoint
+                self._reasons.pop(model, None)
+            case LoadFailed():
+                worker.fail(model, now)
+                if model in self._published():
+                    self._reasons[model] = f"{event.code}: {event.message}"
+            case LoadCut():  # no reason to tell: those who wait get the worker that comes back
+                worker.fail(model, now)
+            case Unloaded():
+                worker.loaded.pop(model, None)
 
     def _collect(self) -> list[Instruction]:
         """What is in memory and no longer published."""
@@ -162,7 +202,7 @@ class ControlState:
         for worker in self._workers.values():
             for model in [model for model in worker.loaded if model not in published]:
                 del worker.loaded[model]
-                gone.append(Unload(worker.address, model))
+                gone.append(Unload(worker.address, worker.pid, model))
         return gone
 
     def _place(self, now: float) -> list[Instruction]:
@@ -170,8 +210,9 @@ class ControlState:
         for model in sorted(self._wanted, key=str):
             candidates = [self._candidate(worker, model, now) for worker in self._workers.values()]
             for address in place(candidates, self._copies):
-                self._workers[address].loading.add(model)
-                loads.append(Load(address, model))
+                worker = self._workers[address]
+                worker.loading.add(model)
+                loads.append(Load(address, worker.pid, model))
         return loads
 
     def _candidate(self, worker: _Worker, model: ModelVersion, now: float) -> Candidate:
@@ -180,7 +221,7 @@ class ControlState:
             worker.address,
             loaded=model in worker.loaded,
             loading=model in worker.loading,
-            able=failure is None or now - failure.at >= RETRY_AFTER,
+            able=failure is None or failure.over(now),
             models=len(worker.loaded) + len(worker.loading),
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,8 +23,9 @@ class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untype
     name = "tether-worker"
     idempotent = True
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, sockets: Path) -> None:
+        """`sockets`: the engine's folder, removed with it."""
+        self._engine, self._sockets = engine, sockets
 
     def setup(self, worker: Worker) -> None:
         worker.handlers |= {"tether_load": self._load, "tether_unload": self._unload}
@@ -30,6 +33,7 @@ class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untype
 
     async def teardown(self, worker: Worker) -> None:  # noqa: ARG002 (Dask's signature)
         await asyncio.to_thread(self._engine.close)
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
     async def _load(self, model: bytes) -> dict[str, Any]:
         """In a thread: loading reads files and builds sessions, and heartbeats must go on."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import dask.config
 from distributed import Worker
 
 from tether.config import DataFolder
-from tether.worker.plugin import EnginePlugin
-from tether.worker.service import make_engine
+from tether.worker.service import make_plugin
 
 __all__ = ["dask_setup"]
 
@@ -25,5 +25,6 @@ async def dask_setup(worker: Worker) -> None:
     if not worker.security.require_encryption:
         sys.stderr.write(_ADVICE + "\n")
         raise SystemExit(2)
+    name = re.sub(r"[^\w.-]+", "-", str(worker.name))  # Dask names a worker that was given none after its address; here it names a folder
     folder = DataFolder.locate(dask.config.get("tether.data", None)).create()
-    await worker.plugin_add(plugin=EnginePlugin(make_engine(folder, str(worker.name), worker.state.nthreads)))
+    await worker.plugin_add(plugin=make_plugin(folder, name, worker.state.nthreads))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import importlib
 import os
+import shutil
 from collections.abc import Coroutine, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 import dask.config
+import psutil
 from distributed import Security, Worker
 
 from tether.config import HOUSEKEEPING, ORCHESTRATOR_PORT, DataFolder, Limits
@@ -25,15 +29,42 @@ from tether.worker.engine import Engine, Source
 from tether.worker.plugin import EnginePlugin
 from tether.worker.runner import default_pool, load_model
 
-__all__ = ["main", "make_engine"]
+__all__ = ["main", "make_plugin"]
 
 
-def make_engine(folder: DataFolder, name: str, threads: int) -> Engine:
-    """An engine over the data folder's store. Each start has its own sockets: those of a killed one may still be in a gateway's table."""
-    sockets = folder.runtime / f"{name}-{os.getpid()}"
-    sockets.mkdir(mode=0o700, exist_ok=True)
+class _Worker(Worker):  # type: ignore[misc]  # distributed is untyped
+    """Without Dask's HTTP server, which knows no callers' certificates; nothing here uses it."""
+
+    def start_http_server(self, *_: Any, **__: Any) -> None:
+        """Listen on nothing."""
+
+
+def make_plugin(folder: DataFolder, name: str, threads: int) -> EnginePlugin:
+    """An engine over the data folder's store, for a Dask worker of this name."""
+    sockets = _socket_folder(folder.runtime, name)
     repository = Repository.open(folder.store, read_only=True)
-    return Engine(sockets, partial(_fetch, repository), partial(_load, threads), Limits().batch_rows)
+    engine = Engine(sockets, partial(_fetch, repository), partial(_load, threads), Limits().batch_rows)
+    return EnginePlugin(engine, sockets)
+
+
+def _socket_folder(runtime: Path, name: str) -> Path:
+    """A new folder for this process: a gateway's table may still name the sockets of a killed one. Those of the dead are removed."""
+    for path in runtime.glob(f"{glob.escape(name)}-*"):
+        pid = path.name.removeprefix(f"{name}-")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+    sockets = runtime / f"{name}-{os.getpid()}"
+    sockets.mkdir(mode=0o700, exist_ok=True)
+    return sockets
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this user has the number; another's got it after the worker's death."""
+    try:
+        process = psutil.Process(pid)
+        return process.uids().real == os.getuid() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _fetch(repository: Repository, model: ModelVersion) -> Source:
@@ -70,8 +101,8 @@ def _command(orchestrator: str, data: str | None, name: str, host: str, port: in
     security = Security(**ensure_tls(folder.tls, "worker").security())
 
     async def serve(life: Life) -> None:
-        engine = make_engine(folder, name, threads)
-        async with Worker(
+        plugin = make_plugin(folder, name, threads)
+        async with _Worker(
             orchestrator,
             name=name,
             host=host,
@@ -81,7 +112,7 @@ def _command(orchestrator: str, data: str | None, name: str, host: str, port: in
             nthreads=1,
             memory_limit=0,
             resources={"GPU": gpus} if gpus else None,
-            plugins=(EnginePlugin(engine),),
+            plugins=(plugin,),
             death_timeout=20,
             local_directory=str(folder.runtime),
         ) as worker:

@@ -1,0 +1,146 @@
+"""Who follows another process goes on, or ends for all to see: in-process Dask servers under mutual TLS."""
+
+import asyncio
+import time
+
+import dask.config
+import msgspec
+import pytest
+from distributed import Scheduler, Security
+from distributed.core import CommClosedError, Server, Status, rpc
+
+from tether.client.cluster import ManagerClient, OrchestratorClient
+from tether.config import HOUSEKEEPING
+from tether.errors import StoreError
+from tether.events import CatalogChanged, CatalogModel, ModelWanted, WorkerJoined
+from tether.manager.operations import Operations
+from tether.manager.service import _Manager, _until
+from tether.orchestrator.plugin import OrchestratorPlugin
+from tether.routing.table import Table
+from tether.security.identity import Identity
+from tether.security.tls import ensure_tls
+from tether.store import Repository
+from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId
+
+LAB = Identity(bytes(range(32)))
+PROMPT = 20.0
+
+
+@pytest.fixture
+def tls(tmp_path):
+    (tmp_path / "tls").mkdir()
+    with dask.config.set(HOUSEKEEPING):
+        yield ensure_tls(tmp_path / "tls", "gateway")
+
+
+async def eventually(condition):
+    deadline = time.monotonic() + PROMPT
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not true after {PROMPT} s"
+        await asyncio.sleep(0.01)
+    return found
+
+
+async def listening(server, tls):
+    await server.listen("tls://127.0.0.1:0", **Security(**tls.security()).get_listen_args("worker"))
+    return server
+
+
+@pytest.fixture
+async def orchestrator(tls):
+    """A scheduler with the plugin, and the plugin."""
+    security = Security(**tls.security())
+    async with Scheduler(
+        host="127.0.0.1", port=0, protocol="tls", security=security, dashboard=False, dashboard_address="127.0.0.1:0"
+    ) as scheduler:
+        plugin = OrchestratorPlugin()
+        await plugin.start(scheduler)
+        scheduler.add_plugin(plugin)
+        yield scheduler, plugin
+
+
+async def test_a_manager_whose_catalog_cannot_be_read_ends_instead_of_staying_detached(orchestrator, tls, tmp_path):
+    scheduler, plugin = orchestrator
+    repository = Repository.open(tmp_path / "store", own=LAB.public)
+    security = Security(**tls.security())
+    manager = await listening(_Manager(Operations(repository, LAB, tmp_path / "publishing"), scheduler.address, security), tls)
+    following = asyncio.create_task(manager.follow())
+    await eventually(lambda: plugin._state.table.manager == manager.address)
+    repository.close()
+    with pytest.raises(StoreError):
+        await asyncio.wait_for(_until(asyncio.Event().wait(), following), PROMPT)
+    await manager.close()
+    await eventually(lambda: plugin._state.table.manager is None)
+
+
+SPEC = TensorSpec("x", "FP32", (-1, 4))
+INFO = ModelInfo("onnx", "onnx", (SPEC,), (SPEC,), batched=True, pure=True, code=False)
+DIGITS = ModelVersion("digits", 1, Digest(f"{1:064x}"))
+
+
+@pytest.mark.parametrize(("ends", "state", "reason"), [("raises", "failed", "internal: "), ("breaks off", "unloaded", "")])
+async def test_a_load_that_ends_oddly_is_tried_again_without_another_event(orchestrator, tls, monkeypatch, ends, state, reason):
+    monkeypatch.setattr("tether.orchestrator.plugin._TICK", 0.05)
+    monkeypatch.setattr("tether.orchestrator.state.RETRY_AFTER", 0.2)
+    ways = iter([ends, "answers"])
+
+    async def load(comm, model):
+        assert msgspec.msgpack.decode(model, type=ModelVersion) == DIGITS
+        match next(ways):
+            case "raises":
+                raise RuntimeError("odd")
+            case "breaks off":
+                comm.abort()
+                return Status.dont_reply
+            case _:
+                return {"endpoint": "/s/1"}
+
+    _, plugin = orchestrator
+    worker = await listening(Server({"tether_load": load}), tls)
+    catalog = {"digits": CatalogModel("digits", 1, {"latest": 1}, {1: (DIGITS, INFO)})}
+    for event in (CatalogChanged("tls://m", 1, catalog, 1), WorkerJoined(WorkerId("w"), worker.address, 7, 0), ModelWanted(DIGITS)):
+        plugin._handle(event)
+    await eventually(lambda: plugin._state.table.resolve("digits").state == state)
+    assert plugin._state.table.resolve("digits").reason.startswith(reason)
+    await eventually(lambda: plugin._state.table.resolve("digits").state == "ready")
+    await eventually(lambda: not plugin._ticking)
+    await worker.close()
+
+
+async def test_a_gateway_goes_on_following_after_a_table_that_it_cannot_read(tls):
+    sent = iter([b"\xc1", msgspec.msgpack.encode(Table(3))])
+
+    async def watch(comm):
+        await comm.write({"table": next(sent)})
+        try:
+            await comm.read()
+        except CommClosedError:
+            return Status.dont_reply
+
+    server, tables = await listening(Server({"tether_watch": watch}), tls), []
+    client = OrchestratorClient(server.address, tls, tables.append, list)
+    await client.start(PROMPT)
+    assert tables == [Table(3)]
+    await client.close()
+    await server.close()
+
+
+async def test_two_callers_at_a_change_of_address_share_one_new_connection_and_the_old_one_is_closed(tls, monkeypatch):
+    async def models():
+        return {"answer": [], "change": 1}
+
+    async def reflects(_count):
+        pass
+
+    servers = [await listening(Server({"tether_models": models}), tls) for _ in range(2)]
+    made, addresses = [], [servers[0].address]
+    monkeypatch.setattr("tether.client.cluster.rpc", lambda *args, **options: made.append(rpc(*args, **options)) or made[-1])
+    client = ManagerClient(lambda: addresses[-1], reflects, tls)
+    await client.models()
+    addresses.append(servers[1].address)
+    assert await asyncio.gather(client.models(), client.models()) == [[], []]
+    assert [each.status for each in made] == [Status.closed, Status.running]
+    await client.close()
+    assert made[-1].status == Status.closed
+    for server in servers:
+        await server.close()
