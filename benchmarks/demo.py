@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ import train
 
 ROWS = 12
 """Test digits that each way of calling gets."""
-KILL_SECONDS = 8.0
+KILL_SECONDS = 4.0
 RATE = 20
 """Requests a second while a worker is killed."""
 
@@ -132,15 +133,23 @@ def magika_features(content: bytes, size: int = 1024, block: int = 4096, padding
 
 
 def publish(lab: tether.Lab, cases: list[Case]) -> None:
+    """All of them side by side, each with its first call: what takes seconds is the import of PyTorch and TensorFlow."""
     paths = {f"digits-{framework}": path for framework, path in train.build().items()} | {"magika": magika_folder() / "model.onnx"}
-    for case in cases:
+
+    def publish_one(case: Case) -> str:
         begun = time.perf_counter()
         version = lab.publish(case.model, paths[case.model], example={case.input: case.rows[:1]})
-        print(f"  {version!r} in {time.perf_counter() - begun:.1f} s")
+        published = time.perf_counter()
+        by_python(lab, case.model, case.input, case.rows[:1], case.output)
+        return f"  {version!r} in {published - begun:.1f} s, first answer {time.perf_counter() - published:.1f} s later"
+
+    with ThreadPoolExecutor() as pool:
+        for line in pool.map(publish_one, cases):
+            print(line)
 
 
 def call_all(lab: tether.Lab, cases: list[Case], verdict: Verdict) -> None:
-    print(f"\n{'model':18}{'called by':14}{'right':>8}{'first ms':>10}{'p50 ms':>9}   predicted (expected where it differs)")
+    print(f"\n{'model':18}{'called by':14}{'right':>8}{'p50 ms':>9}   predicted (expected where it differs)")
     for case in cases:
         for way, call in WAYS.items():
             times, answer = [], np.empty(0)
@@ -152,7 +161,7 @@ def call_all(lab: tether.Lab, cases: list[Case], verdict: Verdict) -> None:
             right = sum(one == other for one, other in zip(said, case.expected, strict=True))
             verdict.check(f"{case.model} by {way}: {right} of {len(said)} right", holds=right >= case.least)
             shown = " ".join(one if one == other else f"{one}({other})" for one, other in zip(said, case.expected, strict=True))
-            print(f"{case.model:18}{way:14}{right:>5}/{len(said)}{times[0]:10.1f}{sorted(times)[len(times) // 2]:9.1f}   {shown}")
+            print(f"{case.model:18}{way:14}{right:>5}/{len(said)}{sorted(times)[len(times) // 2]:9.1f}   {shown}")
 
 
 def kill_a_worker(lab: tether.Lab, case: Case, verdict: Verdict) -> None:
@@ -221,13 +230,13 @@ def main() -> int:
     begun = time.perf_counter()
     verdict = Verdict()
     data = digits.load()
-    train.build()
-    cases = [*digit_cases(data), magika_case()]
-    print(f"models and data ready after {time.perf_counter() - begun:.1f} s")
-    with tempfile.TemporaryDirectory(prefix="tether-demo-") as folder:
-        started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="tether-demo-") as folder, ThreadPoolExecutor() as pool:
+        training = pool.submit(train.build)
         with tether.up(workers=2, data=folder) as lab:
-            print(f"{lab!r} up after {time.perf_counter() - started:.1f} s; publishing:")
+            print(f"{lab!r} up after {time.perf_counter() - begun:.1f} s")
+            cases = [*digit_cases(data), magika_case()]
+            training.result()
+            print(f"models trained after {time.perf_counter() - begun:.1f} s; publishing:")
             publish(lab, cases)
             call_all(lab, cases, verdict)
             kill_a_worker(lab, cases[0], verdict)

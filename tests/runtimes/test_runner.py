@@ -201,11 +201,11 @@ def test_one_spare_is_kept_and_used(folder):
 def test_a_runner_outlives_the_thread_that_loaded_it_but_not_its_worker(folder):
     script = (
         "import sys, threading, numpy as np, os, time\nfrom pathlib import Path\n"
-        "from tether.runtimes import inspect\nfrom tether.worker.runner import load_model, default_pool\n"
+        "from tether.runtimes import inspect\nfrom tether.worker.runner import load_model, RunnerPool\npool = RunnerPool()\n"
         "path, models = Path(sys.argv[1]), []\n"
-        "thread = threading.Thread(target=lambda: models.append(load_model(path, inspect(path))))\nthread.start(); thread.join()\n"
+        "thread = threading.Thread(target=lambda: models.append(load_model(path, inspect(path), 1, pool)))\nthread.start(); thread.join()\n"
         "assert models[0].run({'x': np.full(1, 41)})['y'][0] == 42\n"
-        "print(models[0].pid, *default_pool().pids, flush=True)\ntime.sleep(3600)\n"
+        "print(models[0].pid, *pool.pids, flush=True)\ntime.sleep(3600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True) as worker:
         pids = [int(pid) for pid in worker.stdout.readline().split()]

@@ -11,6 +11,8 @@ With `runner = True` the same tests go through a runner process.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ from tether.ports import LoadedModel
 from tether.runtimes import inspect, load, recognise
 from tether.runtimes.signatures import Signature
 from tether.types import Array, Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec, dtype_of
-from tether.worker.runner import RunnerModel, RunnerPool, default_pool
+from tether.worker.runner import RunnerModel, RunnerPool
 
 __all__ = ["LoadingSuite", "MemorySuite", "RuntimeSuite", "sample"]
 
@@ -47,6 +49,13 @@ def sample(datatype: Datatype, rows: int) -> Array:
     return numbers.astype(dtype_of(datatype))
 
 
+@functools.cache
+def _pool() -> RunnerPool:
+    pool = RunnerPool()
+    atexit.register(pool.close)
+    return pool
+
+
 class LoadingSuite:
     """What the suites share: how a model is built, inspected and loaded."""
 
@@ -59,8 +68,8 @@ class LoadingSuite:
     @pytest.fixture(scope="class")
     @classmethod
     def pool(cls) -> RunnerPool:
-        """The process's own, so that all suites share its warm spares."""
-        return default_pool()
+        """One for all suites, so that they share its warm spares."""
+        return _pool()
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -86,15 +86,23 @@ def load_model(path: Path, info: ModelInfo, threads: int = 1, pool: RunnerPool |
 @functools.cache
 def default_pool() -> RunnerPool:
     """The pool of this process, made when the first code model comes."""
-    pool = RunnerPool()
+    pool = RunnerPool(patience=_PATIENCE)
     atexit.register(pool.close)
     return pool
 
 
-class RunnerPool:
-    """Starts runner processes, and keeps one warm for each library that was used: it has imported it when the next model comes."""
+_PATIENCE = 5.0
+"""Seconds between a first model and its spare: importing TensorFlow takes a core for 5 s, which those who wait for that model need."""
 
-    def __init__(self) -> None:
+
+class RunnerPool:
+    """Starts runner processes, and keeps one warm for each library that was used: it has imported it when the next model comes.
+
+    `patience`: seconds between the use of a library and the start of its spare.
+    """
+
+    def __init__(self, patience: float = 0.0) -> None:
+        self._patience = patience
         self._spares: dict[Framework, _Process] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -110,7 +118,15 @@ class RunnerPool:
         return _Process.start()
 
     def warm(self, framework: Framework) -> None:
-        """Start a spare, unless there is one; does not wait for it."""
+        """Start a spare in `patience` seconds, unless there is one then; does not wait for it."""
+        if not self._patience:
+            self._start_spare(framework)
+            return
+        timer = threading.Timer(self._patience, self._start_spare, (framework,))
+        timer.daemon = True
+        timer.start()
+
+    def _start_spare(self, framework: Framework) -> None:
         with self._lock:
             if not self._closed and framework not in self._spares:
                 self._spares[framework] = spare = _Process.start()
