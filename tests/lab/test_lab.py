@@ -1,6 +1,8 @@
 """A lab as a researcher uses it: publish, call, alias, roll back."""
 
 import asyncio
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,3 +124,10 @@ def test_an_example_that_the_model_cannot_take_is_refused(lab, tmp_path):
     with pytest.raises((errors.BadModelError, errors.BadInputError)):
         lab.publish("never", write_model(tmp_path / "model.onnx"), example=np.zeros((1, 3), np.float32))
     assert "never" not in lab.models
+
+
+def test_every_service_comes_up_at_its_first_try(lab):
+    facts = json.loads((Path(lab.status().data) / "run" / "lab.json").read_text())
+    assert {service["name"]: service["restarts"] for service in facts["services"]} == dict.fromkeys(
+        ["orchestrator", "manager", "worker-1", "worker-2", "gateway"], 0
+    )

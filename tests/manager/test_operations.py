@@ -1,6 +1,7 @@
 """The manager answers while it publishes, and who gives up in the middle leaves nothing half done."""
 
 import asyncio
+import resource
 import threading
 import time
 
@@ -10,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tether.errors import NoSpaceError
 from tether.manager.operations import Operations
 from tether.security.identity import Identity
 from tether.store import FILES, Repository
@@ -127,3 +129,20 @@ async def test_a_publish_that_is_cancelled_in_its_commit_is_whole(repository, op
     assert (model["aliases"], len(model["versions"])) == ({"latest": 1, "prod": 1}, 1)
     assert (await operations.verify("tiny", None))["ok"]
     assert list((tmp_path / "publishing").iterdir()) == []
+
+
+async def test_a_full_disk_refuses_the_publish_by_name_and_loses_nothing(operations, draft, tmp_path):
+    large = tmp_path / "large.onnx"
+    large.write_bytes(np.random.default_rng(3).bytes(200_000))
+    (array,) = operations._repository.add_files(large)
+    files = [{"path": "large.onnx", "nbytes": array.nbytes, "segments": msgspec.to_builtins(array.segments)}]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # what a full disk is to this process
+    try:
+        with pytest.raises(NoSpaceError, match="free some"):
+            await operations.publish("large", {"files": files, "entry": "large.onnx"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "publishing").iterdir()) == []
+    assert (await operations.publish("tiny", draft))["version"] == 1
+    assert [model["name"] for model in await operations.models()] == ["tiny"]

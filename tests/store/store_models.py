@@ -14,7 +14,7 @@ NAMES = ("model.onnx", "weights/a.bin", "weights/b.bin", "weights/deep/c.bin", "
 
 
 def seeded(seed: int) -> random.Random:
-    return random.Random(seed)
+    return random.Random(str(seed))  # of a number it takes the magnitude only: 2 and -2 would be one
 
 
 def files_of(seed: int, nbytes: int = 40_000) -> dict[str, bytes]:

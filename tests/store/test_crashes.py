@@ -78,7 +78,7 @@ def _kill_and_publish(publisher, root, seed, count):
     """Kill a publish at each point in turn, look at what is left, publish again. Version n + 1 has seed n."""
     for number, point in enumerate(kills(seed, count), start=1):
         status, answer = publisher.ask("crash", root, point, number)
-        assert (status, answer) == (-9, None), f"{point} (seed {seed}) did not kill: {answer}"
+        assert (status, answer) == (-9, None), f"{point} (seed {seed}, kill {number}) did not kill: {answer}"
 
         status, found = publisher.ask("inspect", root)
         assert status == 0, found

@@ -20,6 +20,7 @@ from tether.errors import BadInputError, MalformedManifestError, MalformedReques
 from tether.runtimes.inspecting import Inspection, inspect_in_sandbox
 from tether.security.identity import Identity
 from tether.store import FILES, HIDDEN, ArrayEntry, Manifest, Published, Repository, Segment, VersionRecord, decode, encode, signed_message
+from tether.store.disk import disk_errors
 from tether.types import ModelInfo, ModelRef
 from tether.wire.npz import to_npz
 
@@ -127,10 +128,12 @@ class Publisher:
 
     @asynccontextmanager
     async def _folder(self) -> AsyncIterator[Path]:
-        """A folder of the workspace; gone afterwards."""
-        root = Path(tempfile.mkdtemp(dir=self.workspace))
+        """A folder of the workspace; gone afterwards. Raises: NoSpaceError, StoreError: the disk refuses what is done with it."""
+        with disk_errors(self.workspace):
+            root = Path(tempfile.mkdtemp(dir=self.workspace))
         try:
-            yield root
+            with disk_errors(root):
+                yield root
         finally:
             await self._in_thread(shutil.rmtree, root, ignore_errors=True)
 

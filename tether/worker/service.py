@@ -9,7 +9,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Coroutine, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ class _Worker(Worker):  # type: ignore[misc]  # distributed is untyped
 def make_plugin(folder: DataFolder, name: str, threads: int) -> EnginePlugin:
     """An engine over the data folder's store, for a Dask worker of this name."""
     sockets = _socket_folder(folder.runtime, name)
-    repository = Repository.open(folder.store, read_only=True)
-    engine = Engine(sockets, partial(_fetch, repository), partial(_load, threads), Limits().batch_rows)
+    # opened for the first model: a worker may be up before the manager has made the store
+    store = cache(partial(Repository.open, folder.store, read_only=True))
+    engine = Engine(sockets, lambda model: _fetch(store(), model), partial(_load, threads), Limits().batch_rows)
     return EnginePlugin(engine, sockets)
 
 
