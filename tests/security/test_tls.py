@@ -2,6 +2,8 @@
 
 import asyncio
 import ssl
+import subprocess
+import sys
 
 import pytest
 from cryptography import x509
@@ -33,7 +35,8 @@ def test_an_authority_without_its_key_is_an_error_that_says_what_to_do(tmp_path)
 def test_what_a_killed_start_left_half_written_is_in_nobodys_way(tmp_path):
     (tmp_path / "ca-key.pem.partial").mkdir()
     ensure_tls(tmp_path, "worker")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["ca-key.pem", "ca.pem", "worker-key.pem", "worker.pem"]
+    found = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert found == ["ca-key.pem", "ca.pem", "lock", "worker-key.pem", "worker.pem"]
 
 
 async def connect(server_files, client_files):
@@ -68,3 +71,12 @@ async def test_a_certificate_of_another_cluster_is_refused(tmp_path):
     theirs.mkdir()
     with pytest.raises(ssl.SSLError):
         await connect(ensure_tls(ours, "orchestrator"), ensure_tls(theirs, "worker"))
+
+
+def test_services_that_start_at_the_same_moment_make_one_authority(tmp_path):
+    script = "import sys; from pathlib import Path; from tether.security.tls import ensure_tls; ensure_tls(Path(sys.argv[1]), sys.argv[2])"
+    started = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), role]) for role in ROLES]
+    assert [process.wait(30) for process in started] == [0] * len(ROLES)
+    authority = x509.load_pem_x509_certificate((tmp_path / "ca.pem").read_bytes())
+    for role in ROLES:
+        x509.load_pem_x509_certificate((tmp_path / f"{role}.pem").read_bytes()).verify_directly_issued_by(authority)

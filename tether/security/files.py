@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["written_aside"]
+__all__ = ["locked", "written_aside"]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """While the body runs no other process of this machine is in the body of a lock of the same path.
+
+    Raises: OSError.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

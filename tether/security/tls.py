@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tether.errors import ConfigError
-from tether.security.files import written_aside
+from tether.security.files import locked, written_aside
 
 __all__ = ["ROLES", "Role", "TlsFiles", "ensure_tls"]
 
@@ -52,19 +52,24 @@ def tls_files(folder: Path, role: Role) -> TlsFiles:
 
 
 def ensure_tls(folder: Path, role: Role) -> TlsFiles:
-    """The files of a role, made together with the authority when they are missing. Call it under the data folder's lock first.
+    """The files of a role, made together with the authority when they are missing; by one process at a time.
 
     Raises: ConfigError: the authority is there and its key is not.
     """
     files = tls_files(folder, role)
     if not files.certificate.exists():
-        authority_key = folder / "ca-key.pem"
-        if not files.ca.exists():
-            _make_authority(files.ca, authority_key)
-        if not authority_key.exists():
-            raise ConfigError(f"{authority_key} is missing; restore it, or delete {folder} while no lab runs to make a new authority")
-        _make_certificate(files, authority_key, role)
+        with locked(folder / "lock"):
+            _make(files, folder / "ca-key.pem", role)
     return files
+
+
+def _make(files: TlsFiles, authority_key: Path, role: Role) -> None:
+    if not files.ca.exists():
+        _make_authority(files.ca, authority_key)
+    if not authority_key.exists():
+        raise ConfigError(f"{authority_key} is missing; restore it, or delete {files.ca.parent} while no lab runs to make a new authority")
+    if not files.certificate.exists():
+        _make_certificate(files, authority_key, role)
 
 
 def _make_authority(path: Path, key_path: Path) -> None:
