@@ -27,6 +27,7 @@ __all__ = [
     "ModelRef",
     "ModelVersion",
     "RequestedOutput",
+    "StoredTensor",
     "TensorSpec",
     "Tensors",
     "WorkerId",
@@ -105,6 +106,20 @@ def model_name(text: str) -> str:
     if text in RESERVED_NAMES:
         raise BadNameError(f"model name {text!r} is reserved by the inference protocol; choose another")
     return text
+
+
+class StoredTensor(msgspec.Struct, frozen=True):
+    """A weight tensor and where it lies in the model's files: C-contiguous, little-endian."""
+
+    name: str
+    """As the framework names it: `conv1.weight`."""
+    dtype: str
+    """zarr's name of the element type: `float32`, `bfloat16`, `float8_e4m3fn` …"""
+    shape: tuple[int, ...]
+    file: str
+    """Relative path in the model, with slashes."""
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)

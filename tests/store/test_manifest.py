@@ -46,7 +46,7 @@ def a_manifest(*entries, **changes):
 
 @given(st.integers(0, 10_000), st.integers(1, 500))
 def test_pieces_cover_a_file_without_gap_or_overlap(nbytes, step):
-    pieces = list(cut(nbytes, step))
+    pieces = list(cut(nbytes, step=step))
 
     assert sum(piece.nbytes for piece in pieces) == nbytes
     assert [piece.offset for piece in pieces] == list(range(0, nbytes, step))

@@ -12,7 +12,7 @@ import msgspec
 from blake3 import blake3
 
 from tether.errors import MalformedManifestError
-from tether.store.layout import BLOB_NBYTES, DTYPES, FILES, path_problem
+from tether.store.layout import BLOB_NBYTES, DTYPES, FILES, KEYS, TENSORS, path_problem
 from tether.types import Digest, Framework, ModelInfo
 
 __all__ = ["FORMAT", "MAX_NBYTES", "ArrayEntry", "Manifest", "Segment", "decode", "digest_of", "encode", "is_digest", "signed_message"]
@@ -24,12 +24,14 @@ _MAX_ARRAYS = 100_000
 """A version's arrays are listed, made into folders and zarr nodes: a bound on the work that a stranger's manifest may ask for."""
 _MAX_DIMENSIONS = 32
 _MAX_ARRAY_NBYTES = 1 << 50
+_MAX_NAME = 4096
+"""Characters of a tensor's name."""
 _MAX_DEPTH = 32
 """Nesting of `attributes`."""
 _SIGNED_PREFIX = b"tether manifest v1\x00"
 """Sets signatures of manifests apart from all else that the same key signs."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_GROUPS = (FILES, "tensors")
+_GROUPS = (FILES, KEYS, TENSORS)
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -40,13 +42,18 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
 
 
-class ArrayEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One array: its bytes are its segments, one after the other. A file is a flat uint8 array at `files/<relative path>`."""
+class ArrayEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One array: its bytes are its segments, one after the other.
+
+    A file is a flat uint8 array at `files/<relative path>`, a weight a typed one at `tensors/<its name, escaped>`.
+    """
 
     path: str
     dtype: str
     shape: tuple[int, ...]
     segments: tuple[Segment, ...]
+    name: str = ""
+    """A tensor's name where its path could not keep it (too long)."""
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +80,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def files(self) -> Iterator[ArrayEntry]:
         return (array for array in self.arrays if array.path.startswith(FILES + "/"))
+
+    def tensors(self) -> Iterator[ArrayEntry]:
+        return (array for array in self.arrays if array.path.startswith(TENSORS + "/"))
 
     def blobs(self) -> list[Digest]:
         """Every blob once, in the order of the files."""
@@ -164,13 +174,15 @@ def _check_array(array: ArrayEntry) -> None:
     group, slash, rest = array.path.partition("/")
     problem = path_problem(array.path)
     if problem or group not in _GROUPS or not slash or not rest:
-        raise _malformed(f"array path {name!r} {problem or 'is neither under files/ nor under tensors/'}")
+        raise _malformed(f"array path {name!r} {problem or 'is not under files/, keys/ or tensors/'}")
     if array.dtype not in DTYPES:
         raise _malformed(f"array {name!r} has dtype {array.dtype[:40]!r}; known are {', '.join(DTYPES)}")
     if len(array.shape) > _MAX_DIMENSIONS or not all(0 <= extent < _MAX_ARRAY_NBYTES for extent in array.shape):
         raise _malformed(f"array {name!r} has an impossible shape")
-    if group == FILES and (array.dtype != "uint8" or len(array.shape) != 1):
-        raise _malformed(f"file {name!r} must be a flat uint8 array")
+    if group != TENSORS and (array.dtype != "uint8" or len(array.shape) != 1):
+        raise _malformed(f"{name!r} must be a flat uint8 array")
+    if array.name and (group != TENSORS or len(array.name) > _MAX_NAME):
+        raise _malformed(f"array {name!r} has a name of its own that it may not have")
     for segment in array.segments:
         _check_segment(segment, name)
     if array.nbytes > _MAX_ARRAY_NBYTES or sum(segment.nbytes for segment in array.segments) != array.nbytes:
