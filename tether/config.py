@@ -80,6 +80,11 @@ class DataFolder:
         return self.root / "store"
 
     @property
+    def replicas(self) -> Path:
+        """What workers fetched, each in a folder of its name: on a host that has not the store of the manager."""
+        return self.root / "replicas"
+
+    @property
     def tls(self) -> Path:
         return self.root / "tls"
 
@@ -95,6 +100,11 @@ class DataFolder:
     def run(self) -> Path:
         """What is true only while the lab runs."""
         return self.root / "run"
+
+    @property
+    def lease(self) -> Path:
+        """What the orchestrator remembers of who may write the store."""
+        return self.root / "lease.json"
 
     @property
     def identity(self) -> Path:

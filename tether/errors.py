@@ -16,12 +16,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 __all__ = [
+    "BadEnvelopeError",
     "BadInputError",
+    "BadKeyError",
     "BadModelError",
     "BadNameError",
     "BadSignatureError",
     "ChunkAlteredError",
     "ChunkMissingError",
+    "ClusterKeyMissingError",
     "ConfigError",
     "ConflictError",
     "DeadlineExceededError",
@@ -29,9 +32,11 @@ __all__ = [
     "ForbiddenError",
     "FormatTooNewError",
     "HeadersTooLargeError",
+    "HostileModelError",
     "InternalError",
     "LabRunningError",
     "LoadFailedError",
+    "LockedModelError",
     "MalformedManifestError",
     "MalformedRequestError",
     "MethodNotAllowedError",
@@ -43,9 +48,11 @@ __all__ = [
     "NoSpaceError",
     "NoWorkerError",
     "NotFoundError",
+    "NotWriterError",
     "PayloadTooLargeError",
     "PortBusyError",
     "QueueFullError",
+    "RangeError",
     "RemoteError",
     "RequestError",
     "RequestTimeoutError",
@@ -173,6 +180,14 @@ class UnsupportedError(RequestError):
     grpc_status = "UNIMPLEMENTED"
 
 
+class RangeError(RequestError, ValueError):
+    """A range of bytes that begins behind the end. `args[1]` is the size of the whole."""
+
+    code = "bad_range"
+    http_status = 416
+    grpc_status = "OUT_OF_RANGE"
+
+
 class UnauthenticatedError(RequestError, PermissionError):
     """No API key, or not a valid one."""
 
@@ -195,6 +210,18 @@ class UntrustedCodeError(ForbiddenError):
     code = "untrusted_code"
 
 
+class LockedModelError(ForbiddenError):
+    """The model is encrypted and this lab has no key that opens it. `args[1]` is the id of the model key, where one is known."""
+
+    code = "locked_model"
+
+
+class BadKeyError(RequestError, ValueError):
+    """A public key that is none: not 64 hex digits, or not a point of the curve."""
+
+    code = "bad_key"
+
+
 class UnknownFrameworkError(RequestError, ValueError):
     """The framework was not given and can't be told from the files, or is none of ours."""
 
@@ -212,6 +239,12 @@ class BadModelError(RequestError, ValueError):
 
     code = "bad_model"
     http_status = 422
+
+
+class HostileModelError(BadModelError):
+    """The model's files hold what no exporter writes, only an attack: refused wherever they lie."""
+
+    code = "hostile_model"
 
 
 class ModelFailedError(RequestError, RuntimeError):
@@ -331,6 +364,12 @@ class ServiceUnavailableError(UnavailableError, ConnectionError):
     code = "service_unavailable"
 
 
+class NotWriterError(ServiceUnavailableError):
+    """This manager follows another one, or its lease ran out. Nothing was done: the writer can be asked."""
+
+    code = "not_writer"
+
+
 class StartFailedError(UnavailableError):
     """The lab, or one of its services, did not come up."""
 
@@ -363,6 +402,12 @@ class ChunkAlteredError(StoreError):
     code = "chunk_altered"
 
 
+class ClusterKeyMissingError(StoreError):
+    """The cluster key that a model key is wrapped by is not in the folder of keys. `args[1]` is its id."""
+
+    code = "cluster_key_missing"
+
+
 class RemoteError(TetherError):
     """Another party sent something that is not valid; nothing of it was used."""
 
@@ -382,6 +427,13 @@ class MalformedManifestError(RemoteError, ValueError):
     """A manifest breaks a rule of the format."""
 
     code = "malformed_manifest"
+    http_status = 400
+
+
+class BadEnvelopeError(RemoteError, ValueError):
+    """Sealed keys that can't be opened with this lab's identity, or hold something else than keys."""
+
+    code = "bad_envelope"
     http_status = 400
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from tether.types import ModelInfo, ModelVersion, WorkerId
 
 __all__ = [
     "CatalogChanged",
     "CatalogModel",
+    "Claim",
     "Event",
     "LoadCut",
     "LoadFailed",
     "Loaded",
     "ManagerLeft",
     "ModelWanted",
+    "Standing",
     "Tick",
     "Unloaded",
     "WorkerJoined",
@@ -58,7 +62,9 @@ class CatalogChanged:
     """The catalog's change count."""
     models: dict[str, CatalogModel]
     stream: int
-    """Number of the connection that told it. Addresses are fixed ports, so only this tells a manager from the one before it."""
+    """Number of who told it: a manager's connection, in one term. Addresses are fixed ports, so only this tells it from the one before."""
+    term: int = 0
+    """Of the lease under which it was told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +127,39 @@ class Tick:
 
 
 Event = WorkerJoined | WorkerLeft | CatalogChanged | ManagerLeft | ModelWanted | Loaded | LoadFailed | LoadCut | Unloaded | Tick
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """How a manager stands, as it tells the orchestrator when it comes and every second."""
+
+    member: str
+    """Its store's name, which outlives the process."""
+    address: str
+    holds: int = 0
+    """The term in which it writes, as far as it was told; 0: in none."""
+    term: int = 0
+    """The latest that it knows of."""
+    wrote: int = 0
+    """The latest in which it wrote: it has all of that."""
+    position: tuple[int, int] = (0, 0)
+    """Term and number of the last change that is durable in its store."""
+    in_step: tuple[str, ...] = ()
+    """Of a writer: the followers without which it acknowledges nothing."""
+    forced: bool = False
+    """Whether a person said that it is to write, though nobody can tell that it has all."""
+    released: bool = False
+    """Whether it gives up the lease: it ends."""
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What the orchestrator answers to every claim."""
+
+    term: int
+    writer: str | None
+    """Member who holds the lease of this term."""
+    address: str | None
+    """Where the writer is; None: it is away."""
+    in_step: tuple[str, ...]
+    """Of the last claim of the writer: who may take its place."""
+    lease: float
+    """Seconds from a claim of the writer's to when another may be chosen."""

@@ -8,9 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tether.types import Framework, ModelFormat, ModelInfo, Tensors
+from tether.types import Digest, Framework, ModelFormat, ModelInfo, Tensors
 
-__all__ = ["Endpoint", "Hop", "HopReply", "LoadedModel", "Management", "OnReply", "Runtime", "Transport", "Undelivered"]
+__all__ = [
+    "BlobSource",
+    "Endpoint",
+    "Hop",
+    "HopReply",
+    "LoadedModel",
+    "Management",
+    "OnReply",
+    "Runtime",
+    "SignedManifest",
+    "Transport",
+    "Undelivered",
+]
 
 
 class LoadedModel(Protocol):
@@ -115,12 +127,18 @@ class Management(Protocol):
     `ServiceUnavailableError` when the manager does not answer.
     """
 
-    async def put_blob(self, digest: str, data: bytes) -> dict[str, Any]:
-        """Stage a blob until a publish names it. Raises: DigestMismatchError, NoSpaceError, PayloadTooLargeError."""
+    async def put_blob(self, digest: str, data: bytes, encrypt: str | None = None) -> dict[str, Any]:
+        """Stage a blob until a publish names it. `encrypt`: the model that it is for, whose key encrypts it before it is written.
+
+        Raises: DigestMismatchError, NoSpaceError, PayloadTooLargeError; BadNameError: `encrypt` is none.
+        """
         ...
 
-    async def get_blob(self, digest: str) -> bytes:
-        """The verified bytes. Raises: NotFoundError, ChunkMissingError, ChunkAlteredError."""
+    async def get_blob(self, digest: str, version: str | None = None) -> bytes:
+        """The verified bytes as they are stored; decrypted where `version` (`digits:2`) names the encrypted one that they belong to.
+
+        Raises: NotFoundError, ChunkMissingError, ChunkAlteredError, LockedModelError.
+        """
         ...
 
     async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +149,15 @@ class Management(Protocol):
 
     async def model(self, name: str) -> dict[str, Any]: ...
 
-    async def manifest(self, name: str, version: int) -> dict[str, Any]: ...
+    async def manifest(self, name: str, version: int) -> dict[str, Any]:
+        """`{"version", "digest", "manifest"}`; of an encrypted version the manifest tells all, and `public` is what was signed."""
+        ...
+
+    async def signed_manifest(self, digest: str) -> dict[str, Any]:
+        """A version as it was signed: `{"name", "publisher", "manifest": base64, "signature": hex, "code_trusted"}`, the last one saying
+        whether this lab trusts the publisher for code. Raises: UnknownVersionError, ChunkMissingError, ChunkAlteredError.
+        """
+        ...
 
     async def set_alias(self, name: str, alias: str, version: int) -> dict[str, Any]: ...
 
@@ -143,4 +169,103 @@ class Management(Protocol):
 
     async def verify(self, name: str, version: int | None) -> dict[str, Any]: ...
 
+    async def diff(self, name: str, before: int, after: int) -> dict[str, Any]:
+        """What changed between two versions: `{"files", "tensors", "unchanged", "shared_nbytes", "new_nbytes"}`."""
+        ...
+
+    async def repair(self, name: str, version: int | None) -> dict[str, Any]:
+        """Mend what is damaged with what was uploaded since, or is had elsewhere: `{"found", "repaired", "failed"}`, lists of digests."""
+        ...
+
+    async def gc(self, *, dry_run: bool, grace: float | None) -> dict[str, Any]:
+        """Delete what no version names and is older than `grace` seconds (None: a day).
+
+        The answer: `{"dry_run", "freed_nbytes", "later_nbytes", "lines"}`.
+        """
+        ...
+
+    async def forget_store(self, store: str) -> dict[str, Any]:
+        """Take a host that is gone for good out of a shared folder of packs: `{"store", "was": host and data folder}`.
+
+        Raises: NotFoundError.
+        """
+        ...
+
+    async def read_zarr(self, ref: str, path: str, start: int | None, nbytes: int) -> dict[str, Any]:
+        """A part of the value at a zarr path of a version: `nbytes` from `start` (None: the last ones), no more than 4 MiB at once.
+
+        The answer: `{"digest": the manifest's, "nbytes": the whole value's, "start", "data": bytes}`. Raises: NotFoundError and its kin,
+        ChunkMissingError, ChunkAlteredError.
+        """
+        ...
+
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]: ...
+
+    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
+        """Let a lab open encrypted models (`decrypt:NAME`): `{"peer", "scopes", "envelopes": name → base64}`, for it alone.
+
+        Raises: BadNameError, BadKeyError; LockedModelError: no model of the name is encrypted.
+        """
+        ...
+
+    async def revoke_decrypt(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
+        """Give later versions a key that a lab doesn't get.
+
+        The answer: `{"peer", "models", "message", "envelopes": name → peer that stays → base64}`.
+        """
+        ...
+
+    async def accept(self, envelope: str) -> dict[str, Any]:
+        """Keep the keys that `allow` gave elsewhere for this lab: `{"publisher", "name", "new_keys"}`.
+
+        Raises: BadEnvelopeError; ConflictError: they are for a model of this lab itself.
+        """
+        ...
+
+    async def rotate(self) -> dict[str, Any]:
+        """Replace the cluster key, which wraps all model keys: `{"cluster_key": its id, "rewrapped", "resumed"}`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SignedManifest:
+    """A version as its publisher signed it, from wherever it came: good only once digest and signature were checked."""
+
+    data: bytes
+    """The manifest's canonical bytes; their digest identifies the version."""
+    publisher: str
+    """Ed25519 public key, hex."""
+    signature: bytes
+
+
+class BlobSource(Protocol):
+    """Somewhere that may have blobs: the manager, a gateway, a peer. Nothing that it gives is believed before its digest was checked.
+
+    One blob a call, many calls at a time: whoever fetches then sees which of them stalls, may ask elsewhere for that one, and takes a
+    call back by cancelling it. A stream of many would hide that, and HTTP, Dask's comms and Hypercore all carry single requests well.
+    """
+
+    @property
+    def name(self) -> str:
+        """For people: `manager`, a URL, a peer's petname."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls of `fetch` it takes to keep it busy; more are not made."""
+        ...
+
+    async def fetch(self, digest: Digest, nbytes: int) -> bytes | None:
+        """The blob, which has at least `nbytes` bytes; None: not here. No answer is read beyond the size of the largest blob.
+
+        Raises: UnavailableError: it does not answer now; RemoteError: what came is no answer. Cancelled, it leaves nothing open.
+        """
+        ...
+
+    async def manifest(self, digest: Digest) -> SignedManifest | None:
+        """The version whose manifest has this digest; None: not here. Raises: as `fetch`."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close its connections; a second call does nothing."""
+        ...

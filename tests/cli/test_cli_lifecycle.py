@@ -15,8 +15,8 @@ from tether.cli import tether
 from tether.cli.logs import last_lines
 
 COMMANDS = {
-    "alias", "doctor", "down", "export", "gateway", "infer", "logs", "manager", "models", "orchestrator", "publish", "rollback", "show",
-    "status", "trust", "up", "verify", "worker",
+    "accept", "alias", "allow", "diff", "disallow", "doctor", "down", "export", "gateway", "gc", "infer", "logs", "manager", "models",
+    "orchestrator", "publish", "repair", "rm", "rollback", "rotate", "show", "status", "trust", "up", "verify", "worker",
 }  # fmt: skip
 
 

@@ -110,7 +110,7 @@ async def test_an_upload_that_broke_off_is_resumed_where_it_stopped(client, gate
     body, files = drafted(*contents)
     put, left, one_at_a_time = client.put_blob, iter(range(7)), asyncio.Lock()
 
-    async def failing(digest, data):
+    async def failing(digest, data, _encrypt=None):
         async with one_at_a_time:  # so that nothing is on its way when it breaks off
             if next(left, None) is None:
                 raise ConnectionResetError
@@ -133,7 +133,7 @@ class Greedy:
         self.digests = digests
         self.sent = 0
 
-    async def put_blob(self, _digest, _data):
+    async def put_blob(self, _digest, _data, _encrypt=None):
         self.sent += 1
 
     async def publish(self, _name, _draft):
@@ -152,3 +152,24 @@ async def test_a_gateway_that_asks_again_and_again_is_given_up():
     body, files = drafted(b"one")
     with pytest.raises(RemoteError, match="keeps asking"):
         await publish_draft(Greedy(blake3(b"one").hexdigest()), "m", body, files)
+
+
+async def test_a_draft_to_be_encrypted_sends_its_blobs_to_be_encrypted():
+    body, files = drafted(b"one", b"two")
+    sent = []
+
+    class Lab:
+        async def put_blob(self, digest, data, encrypt=None):
+            sent.append((digest, data, encrypt))
+
+        async def publish(self, _name, draft):
+            if len(sent) < 2:
+                raise MissingBlobsError("missing", [digest for file in draft["files"] for digest, _, _ in file["segments"]])
+            return {"version": 1}
+
+    await publish_draft(Lab(), "m", body | {"encrypt": True}, files)
+    assert sorted((data, encrypt) for _, data, encrypt in sent) == [(b"one", "m"), (b"two", "m")]
+    sent.clear()
+    await publish_draft(Lab(), "m", body | {"encrypt": False}, files)
+    assert {encrypt for *_, encrypt in sent} == {None}
+    assert "encrypt" not in draft(files, "", framework=None, aliases=[], tags={})

@@ -96,12 +96,12 @@ class Manager:
     def __init__(self):
         self.blobs, self.calls = {}, []
 
-    async def put_blob(self, digest, data):
+    async def put_blob(self, digest, data, encrypt=None):
         self.blobs[digest] = data
-        return {"digest": digest}
+        return {"digest": digest} if encrypt is None else {"digest": digest, "encrypt": encrypt}
 
-    async def get_blob(self, digest):
-        return self.blobs[digest]
+    async def get_blob(self, digest, version=None):
+        return self.blobs[digest] if version is None else version.encode()
 
     async def publish(self, name, draft):
         if "missing" in draft:

@@ -212,6 +212,25 @@ def test_management_is_mapped_one_to_one(gateway):
     assert ask(gateway, "PUT", "/tether/v1/trust/alice", {"scopes": ["code"]}, AUTH)[2] == {"publisher": "alice", "scopes": ["code"]}
 
 
+def test_what_encrypted_models_need_is_mapped_one_to_one(gateway):
+    calls, root, scopes = gateway.dispatcher.management.calls, "/tether/v1", {"scopes": ["decrypt:ident"]}
+    ask(gateway, "PUT", f"{root}/grants/{'b' * 64}", scopes, AUTH)
+    ask(gateway, "POST", f"{root}/grants/{'b' * 64}/revoke", scopes, AUTH)
+    ask(gateway, "POST", f"{root}/envelopes", {"envelope": "AAAA"}, AUTH)
+    ask(gateway, "POST", f"{root}/cluster-key/rotate", {}, AUTH)
+    assert calls[-4:] == [
+        ("allow", "b" * 64, ["decrypt:ident"]),
+        ("revoke_decrypt", "b" * 64, ["decrypt:ident"]),
+        ("accept", "AAAA"),
+        ("rotate",),
+    ]
+    assert ask(gateway, "POST", f"{root}/envelopes", {"envelope": 1}, AUTH)[0] == 400
+    assert ask(gateway, "PUT", f"{root}/grants/x", {"scopes": "decrypt:ident"}, AUTH)[0] == 400
+    blob = f"{root}/blobs/{'a' * 64}"
+    assert ask(gateway, "PUT", f"{blob}?encrypt=ident", b"1", AUTH)[2] == {"digest": "a" * 64, "encrypt": "ident"}
+    assert ask(gateway, "GET", f"{blob}?version=ident%3A2", headers=AUTH)[2] == b"ident:2"
+
+
 def test_publishing_says_created_or_known_or_what_is_missing(gateway):
     versions = "/tether/v1/models/ident/versions"
     assert ask(gateway, "POST", versions, {"created": True}, AUTH)[0] == 201

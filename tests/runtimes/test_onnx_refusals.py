@@ -3,11 +3,14 @@
 import os
 import random
 
+import hostile_graphs as graphs
 import numpy as np
 import pytest
 import runtime_models as models
+from hostile_files import field
+from weight_reading import bounded
 
-from tether.errors import BadInputError, BadModelError, ModelFailedError
+from tether.errors import BadInputError, BadModelError, HostileModelError, ModelFailedError
 from tether.runtimes import inspect, load
 from tether.runtimes.inspecting import inspect_in_sandbox
 from tether.runtimes.onnx_files import external_files
@@ -28,36 +31,6 @@ def one_node(operator, inputs=(), outputs=("y",), *, more=(), **attributes):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
-def sparse_bomb():
-    """86 bytes that claim 1.5 GiB: one value of a sparse initializer."""
-    from onnx import TensorProto, helper
-
-    value = helper.make_tensor("y", TensorProto.FLOAT, [1], [1.0])
-    index = helper.make_tensor("i", TensorProto.INT64, [1], [0])
-    model = one_node("Identity", (), ("z",))
-    model.graph.node[0].input.append("y")
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(value, index, [400_000_000]))
-    return model.SerializeToString()
-
-
-def endless_loop():
-    from onnx import TensorProto, helper
-
-    scalar = lambda name, kind: helper.make_tensor_value_info(name, kind, [])  # noqa: E731
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["c"], ["c2"]), helper.make_node("Identity", ["v"], ["v2"])],
-        "body",
-        [scalar("i", TensorProto.INT64), scalar("c", TensorProto.BOOL), helper.make_tensor_value_info("v", TensorProto.FLOAT, None)],
-        [scalar("c2", TensorProto.BOOL), helper.make_tensor_value_info("v2", TensorProto.FLOAT, None)],
-    )
-    constants = [helper.make_tensor("trips", TensorProto.INT64, [], [1 << 62]), helper.make_tensor("go", TensorProto.BOOL, [], [True])]
-    model = one_node("Loop", ("x",), ("y",), body=body)
-    del model.graph.node[0].input[:]
-    model.graph.node[0].input.extend(["trips", "go", "x"])
-    model.graph.initializer.extend(constants)
-    return model.SerializeToString()
-
-
 @pytest.mark.parametrize("kind", ["random", "half", "all but one byte", "text", "huge length", "bomb", "overflowing shape"])
 async def test_a_file_that_is_none_is_an_error_within_the_limits(tmp_path, kind):
     good = models.onnx_rows(tmp_path).read_bytes()
@@ -67,7 +40,7 @@ async def test_a_file_that_is_none_is_an_error_within_the_limits(tmp_path, kind)
         "all but one byte": good[:-1],
         "text": b"<!DOCTYPE html><title>404</title>",
         "huge length": b"\x08\x09\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
-        "bomb": sparse_bomb(),
+        "bomb": graphs.sparse_bomb(),
         "overflowing shape": good.replace(b"\x08\x04\x08\x01", b"\x08\xff\xff\xff\xff\xff\xff\xff\x3f\x08\x08", 1),
     }[kind]
     path = tmp_path / "bad.onnx"
@@ -75,6 +48,26 @@ async def test_a_file_that_is_none_is_an_error_within_the_limits(tmp_path, kind)
     with pytest.raises(BadModelError) as caught:
         await inspect_in_sandbox(path, limits=LIMITS)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["initializer", "constant"])
+def test_a_sparse_tensor_of_gigabytes_is_refused_before_it_is_unpacked(tmp_path, inside):
+    (tmp_path / "m.onnx").write_bytes(graphs.sparse_bomb(inside=inside))
+    with bounded(), pytest.raises(HostileModelError, match="sparse"):
+        inspect(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(("dims", "error"), [([1] * 1000, "axes"), (b"\x01" * 1000, "axes"), (b"\x80", "cut off"), ([-1, -1], "unpacks")])
+def test_sparse_shapes_that_are_none_are_refused(tmp_path, dims, error):
+    shape = field(3, dims) if isinstance(dims, bytes) else b"".join(field(3, each) for each in dims)
+    (tmp_path / "m.onnx").write_bytes(field(7, field(15, shape)))
+    with pytest.raises(BadModelError, match=error):
+        external_files(tmp_path / "m.onnx")
+
+
+def test_a_sparse_tensor_of_a_sensible_size_is_fine(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(field(7, field(15, field(3, 1000) + field(3, b"\xe8\x07"))))
+    assert external_files(tmp_path / "m.onnx") == set()
 
 
 @pytest.mark.parametrize("cut", range(5, 100, 10))
@@ -87,7 +80,7 @@ def test_a_file_cut_anywhere_is_an_error(tmp_path, cut):
 
 
 async def test_a_model_that_never_ends_on_its_example_is_refused(tmp_path):
-    (tmp_path / "m.onnx").write_bytes(endless_loop())
+    (tmp_path / "m.onnx").write_bytes(graphs.endless_loop())
     np.savez(tmp_path / "example.npz", x=np.ones(1, np.float32))
     with pytest.raises(BadModelError, match="took longer than 2 s"):
         await inspect_in_sandbox(tmp_path / "m.onnx", example=tmp_path / "example.npz", limits=Limits(2, 1 << 30))
@@ -96,7 +89,7 @@ async def test_a_model_that_never_ends_on_its_example_is_refused(tmp_path):
 def test_a_run_that_never_ends_can_be_interrupted(tmp_path):
     import threading
 
-    (tmp_path / "m.onnx").write_bytes(endless_loop())
+    (tmp_path / "m.onnx").write_bytes(graphs.endless_loop())
     model = load(tmp_path / "m.onnx", inspect(tmp_path / "m.onnx"))
     stop = threading.Event()
 

@@ -22,6 +22,11 @@ def spin_without_the_interpreter(_argument):
     ctypes.CDLL(None).pause()  # ctypes lets go of the GIL; what counts is that no Python code runs any more
 
 
+def spin(_argument):
+    while True:
+        pass
+
+
 def eat(nbytes):
     held = bytearray(nbytes)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])

@@ -40,6 +40,11 @@ def test_what_never_ends_is_ended_at_the_limit(function):
     assert time.monotonic() - started < 5
 
 
+def test_processor_time_may_have_a_limit_of_its_own():
+    with pytest.raises(BadModelError, match="used up its processor time"):
+        call("spin", limits=Limits(seconds=60, cpu_seconds=0.5))
+
+
 @pytest.mark.parametrize(("function", "nbytes"), [("eat", 2 << 30), ("eat_shared", 2 << 30), ("eat_in_children", 128 * MIB)])
 def test_what_eats_memory_is_told_how_much_there_was(function, nbytes):
     with pytest.raises(BadModelError, match="needs more than 256 MiB of memory"):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from crashing import UPLOADS, uploads
 from store_models import publish, seeded
 
 from tether.store import Repository
@@ -14,11 +15,15 @@ from tether.store.faults import POINTS
 from tether.types import ModelRef
 
 SCRIPT = Path(__file__).with_name("crashing.py")
-FULL, SMALL = 1000, 100
+FULL, SMALL = 1000, 50
 """Kills of `make chaos` and of `make test`."""
+INSTANTS = 25
+"""Kills at instants of `make test`."""
+WHOLE = 25
+"""Each of so many times all versions are read again; otherwise a thousand kills would read half a million."""
 IN_BLOBS = 20
 """Of the kills, how many lie inside of the writing of a blob."""
-TIMES = {"stage": 5, "stage.rename": 5, "blob": 5, "clean": 5, "checkout": 6}
+TIMES = {"stage": 5, "stage.journal": 5, "blob": 5, "checkout": 6}
 """How often a publish of these models surely passes a point; the others: once."""
 
 
@@ -61,7 +66,7 @@ def publisher():
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_row_14_killed_anywhere_a_publish_is_seen_whole_or_not_at_all(publisher, tmp_path, chaos):
     root, count, begun = str(tmp_path / "store"), chaos.count(FULL, SMALL), time.monotonic()
     assert publisher.ask("publish", root, 0) == [0, None]
@@ -80,7 +85,7 @@ def _kill_and_publish(publisher, root, seed, count):
         status, answer = publisher.ask("crash", root, point, number)
         assert (status, answer) == (-9, None), f"{point} (seed {seed}, kill {number}) did not kill: {answer}"
 
-        status, found = publisher.ask("inspect", root)
+        status, found = publisher.ask("inspect", root, number % WHOLE == 0)
         assert status == 0, found
         versions, latest, content, problems, leftovers = found
         assert (problems, leftovers) == (0, 0), point
@@ -89,7 +94,57 @@ def _kill_and_publish(publisher, root, seed, count):
             assert content == number, f"{point}: the commit had returned"
 
         assert publisher.ask("publish", root, number) == [0, None], point
-    assert publisher.ask("inspect", root)[1] == [number + 1, number + 1, number, 0, 0]
+    assert publisher.ask("inspect", root, True)[1] == [number + 1, number + 1, number, 0, 0]
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(2400)
+def test_row_14_killed_at_any_instant_a_publish_is_seen_whole_or_not_at_all(publisher, tmp_path, chaos):
+    """As above, but between any two instructions, the opening of the store among them."""
+    root, count, begun = str(tmp_path / "store"), chaos.count(FULL, INSTANTS), time.monotonic()
+    assert publisher.ask("publish", root, 0) == [0, None]
+    start = time.monotonic()
+    assert publisher.ask("publish", root, 1) == [0, None]
+    seconds, chance, survived = time.monotonic() - start, seeded(f"{chaos.seed} instants"), 0
+    with Process("read", root) as reader:
+        for number in range(2, count + 2):
+            status, (ended, _) = publisher.ask("kill", root, "publish", number, chance.random() * seconds)
+            assert (status, ended) in {(0, -9), (0, 0)}
+            survived += ended == 0
+            seconds *= 0.9 if ended == 0 else 1.0  # the machine was busier when it was measured
+            status, found = publisher.ask("inspect", root, number % WHOLE == 0)
+            assert status == 0, found
+            versions, latest, content, problems, leftovers = found
+            assert (problems, leftovers) == (0, 0)
+            assert (content, versions, latest) in {(number - 1, number, number), (number, number + 1, number + 1)}
+            assert publisher.ask("publish", root, number) == [0, None]
+        report = json.loads(reader.end())
+
+    assert survived < count / 2
+    assert report["reads"] > count
+    assert report["order"] == sorted(set(report["order"])), "the reader saw versions out of order"
+    chaos.record(14, f"{count} kills at any instant, {report['reads']} reads, 0 mixed, 0 lost", time.monotonic() - begun)
+
+
+@pytest.mark.chaos
+def test_row_14_of_an_interrupted_upload_only_what_was_in_flight_is_sent_again(publisher, tmp_path, chaos):
+    root, count, begun = str(tmp_path / "store"), chaos.count(FULL // 5, INSTANTS), time.monotonic()
+    assert publisher.ask("publish", root, 0) == [0, None]
+    start = time.monotonic()
+    assert publisher.ask("kill", root, "upload", count, 60)[1][1] == UPLOADS
+    seconds, chance, sent = time.monotonic() - start, seeded(f"{chaos.seed} uploads"), 0
+    for number in range(count):
+        status, (_, acknowledged) = publisher.ask("kill", root, "upload", number, chance.random() * seconds)
+        assert status == 0
+        status, lacking = publisher.ask("missing", root, number)
+
+        assert status == 0, lacking
+        assert lacking == list(uploads(number))[len(uploads(number)) - len(lacking) :], "a blob that was acknowledged is gone"
+        assert UPLOADS - acknowledged - 1 <= len(lacking) <= UPLOADS - acknowledged
+        sent += acknowledged
+
+    assert sent
+    chaos.record(14, f"{count} uploads killed, {sent} blobs acknowledged, 0 of them sent again", time.monotonic() - begun)
 
 
 @pytest.mark.chaos
@@ -100,7 +155,7 @@ def test_killed_while_the_store_is_made_the_next_start_makes_it(publisher, tmp_p
     assert publisher.ask("crash", root, point, 1) == [-9, None]
 
     assert publisher.ask("publish", root, 1) == [0, None]
-    assert publisher.ask("inspect", root) == [0, [1, 1, 1, 0, 0]]
+    assert publisher.ask("inspect", root, True) == [0, [1, 1, 1, 0, 0]]
 
 
 def test_a_reader_alone_finds_the_committed_version_of_a_writer_that_died(publisher, tmp_path):

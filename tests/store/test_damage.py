@@ -86,7 +86,7 @@ def test_damage_never_reaches_a_checkout_or_an_export(whole, tmp_path):
     (pack,) = (repository.root / "packs").iterdir()
     original = pack.read_bytes()
     try:
-        pack.write_bytes(original[:40] + b"!" + original[41:])
+        pack.write_bytes(original[:100] + b"!" + original[101:])
 
         with pytest.raises(ChunkAlteredError):
             repository.checkout(digest)
@@ -175,7 +175,7 @@ def test_publishing_the_files_again_heals_what_was_damaged(repository):
     publish(repository, 2)
     for pack in (repository.root / "packs").iterdir():
         data = pack.read_bytes()
-        pack.write_bytes(data[:20] + b"?" + data[21:])
+        pack.write_bytes(data[:100] + b"?" + data[101:])
     (repository.root / "manifests" / published.digest).write_bytes(b"{}")
     assert len(repository.verify().problems) > 1
 

@@ -102,7 +102,7 @@ def test_refused_at_any_size_a_publish_leaves_the_old_version_and_can_be_repeate
     assert publish(repository, 2).version == 2
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename", "write"])
+@pytest.mark.parametrize("call", ["fsync", "rename", "pwrite"])
 def test_an_io_error_at_any_step_is_told_and_nothing_is_lost(repository, monkeypatch, call):
     """EIO at the n-th fsync, rename or write of a publish, for each n until it gets through."""
     old = publish(repository, 1)

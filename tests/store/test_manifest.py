@@ -1,5 +1,6 @@
 import json
 import string
+import tracemalloc
 
 import msgspec
 import pytest
@@ -192,6 +193,22 @@ def test_a_newer_format_is_refused_with_both_numbers():
 def test_a_manifest_is_bounded_before_it_is_parsed():
     with pytest.raises(MalformedManifestError, match="at most"):
         decode(b" " * (MAX_NBYTES + 1))
+
+
+@pytest.mark.parametrize("spelling", ['{"x":[%s]}', '{"x":[%s]},"attributes":{}', "[%s]"])
+def test_attributes_are_bounded_before_they_become_objects(spelling):
+    """Also where JSON gives them twice, of which the last counts."""
+    data = encode(a_manifest(attributes={"x": 0}))
+    lists = ",".join(["[]"] * 1_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedManifestError):
+            decode(data.replace(b'{"x":0}', (spelling % lists).encode()))
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(MalformedManifestError, match="keep what is longer in a file"):
+        encode(a_manifest(attributes={"x": "x" * (1 << 20)}))
 
 
 def test_the_same_bytes_have_the_same_digest_for_ever():

@@ -26,7 +26,9 @@ from tether.errors import (
     UnknownModelError,
     UnknownVersionError,
 )
+from tether.ports import SignedManifest
 from tether.store import BLOB_NBYTES, Repository
+from tether.store.manifest import MAX_NBYTES
 from tether.types import ModelRef
 
 ref = ModelRef.parse
@@ -118,15 +120,34 @@ def test_a_publish_without_its_blobs_names_them_and_works_once_they_are_sent(rep
 def test_a_staged_blob_that_was_cut_by_a_power_loss_is_asked_for_again(repository):
     data = manifest_of(repository, files_of(3))
     victim = store.decode(data).blobs()[1]
-    nbytes = (repository.root / "staging" / victim).stat().st_size
-    (repository.root / "staging" / victim).write_bytes(b"\0" * nbytes)
+    content = repository.read_draft_blob(victim)
+    (pending,) = (repository.root / "staging").glob("*.pending")
+    pending.write_bytes(pending.read_bytes().replace(content, bytes(len(content))))
+
+    with reopen(repository) as again:
+        with pytest.raises(MissingBlobsError) as caught:
+            again.publish("digits", data, LAB.public, LAB.sign(store.signed_message(data)))
+
+        assert caught.value.args[1] == [victim]
+        assert list((again.root / "packs").iterdir()) == []
+        assert publish(again, 3).created
+        assert again.verify().problems == ()
+
+
+def test_publishing_a_known_version_whose_pack_is_gone_says_what_to_send(repository):
+    data = manifest_of(repository, files_of(1))
+    signature = LAB.sign(store.signed_message(data))
+    repository.publish("digits", data, LAB.public, signature)
+    for pack in (repository.root / "packs").glob("*.pack"):
+        pack.unlink()
 
     with pytest.raises(MissingBlobsError) as caught:
-        repository.publish("digits", data, LAB.public, LAB.sign(store.signed_message(data)))
+        repository.publish("digits", data, LAB.public, signature)
 
-    assert caught.value.args[1] == [victim]
-    assert list((repository.root / "packs").iterdir()) == []
-    assert publish(repository, 3).created
+    assert set(caught.value.args[1]) == set(store.decode(data).blobs())
+    manifest_of(repository, files_of(1))
+    assert not repository.publish("digits", data, LAB.public, signature).created
+    assert repository.verify().problems == ()
 
 
 def test_put_blob_refuses_other_bytes_and_too_many(repository):
@@ -162,6 +183,32 @@ def test_a_wrong_signature_publishes_nothing(repository):
         with pytest.raises(BadSignatureError):
             repository.publish("digits", data, publisher, signature)
     assert repository.models() == []
+
+
+def test_what_its_publisher_did_not_sign_is_not_parsed(repository):
+    noise = b"[" * 1_000
+    for use in (
+        lambda: repository.publish("digits", noise, LAB.public, bytes(64)),
+        lambda: repository.hold([SignedManifest(noise, LAB.public, bytes(64))]),
+    ):
+        with pytest.raises(BadSignatureError):
+            use()
+    with pytest.raises(MalformedManifestError, match="at most"):
+        repository.publish("digits", bytes(MAX_NBYTES + 1), LAB.public, bytes(64))
+
+
+def test_any_range_of_an_array_of_many_segments_is_read_without_walking_to_it(repository):
+    blob, count = bytes(range(250)), 1_000
+    repository.put_blob(store.digest_of(blob), blob)
+    segments = tuple(store.Segment(store.digest_of(blob), index % 100, 100) for index in range(count))
+    array = store.ArrayEntry("files/m", "uint8", (100 * count,), segments)
+    data = store.encode(store.Manifest(framework="onnx", entry="m", info=INFO, arrays=(array,)))
+    (array,) = repository.manifest(repository.publish("digits", data, LAB.public, LAB.sign(store.signed_message(data))).digest).arrays
+    whole = b"".join(blob[index % 100 : index % 100 + 100] for index in range(count))
+
+    for start, stop in [(0, 0), (0, 1), (99, 101), (100, 200), (50_050, 50_750), (99_999, 100_000), (0, 100_000), (100_000, 100_000)]:
+        assert repository.read_array(array, start, stop) == whole[start:stop]
+    assert len(repository._blobs._ranges) == 1
 
 
 def test_a_segment_beyond_its_blob_is_refused(repository):
@@ -486,24 +533,68 @@ def test_an_unknown_pack_is_adopted_and_leftovers_are_swept(repository, tmp_path
         (pack,) = (other.root / "packs").iterdir()
     repository.close()
     pack.rename(repository.root / "packs" / pack.name)
-    for leftover in ("packs/new.0.1-abc.partial", "manifests/x.0.1-abc.partial", "staging/x.partial", "cache/x.1.999999999-ab.partial"):
+    for leftover in (
+        "packs/new.0.1-abc.partial", "manifests/x.0.1-abc.partial", "staging/x.partial", "staging/y.pending",
+        "cache/x.1.999999999-ab.partial", f"staging/{'00' * 32}",
+    ):  # fmt: skip
         (repository.root / leftover).write_bytes(b"half")
-    old = repository.root / "staging" / ("00" * 32)
-    old.write_bytes(b"old")
-    os.utime(old, (1, 1))
-    young = repository.root / "staging" / store.digest_of(b"young")
-    young.write_bytes(b"young")
 
     with Repository.open(repository.root) as again:
         assert not list(again.root.glob("*/*.partial"))
-        assert [path.name for path in (again.root / "staging").iterdir()] == [young.name]
+        assert list((again.root / "staging").iterdir()) == []
         manifest_of(again, files_of(7))
-        assert [path.name for path in (again.root / "staging").iterdir()] == [young.name]
-        again.clear_staging()
         assert list((again.root / "staging").iterdir()) == []
 
 
+def test_what_nobody_published_in_a_day_is_given_up_and_can_be_given_up_before(repository):
+    old, young = b"old", b"young"
+    repository.put_blob(store.digest_of(old), old)
+    (journal,) = (repository.root / "staging").glob("*.journal")
+    os.utime(journal, (1, 1))
+    with reopen(repository) as again:
+        assert again.missing([store.digest_of(old)]) == [store.digest_of(old)]
+        assert list((again.root / "staging").iterdir()) == []
+        again.put_blob(store.digest_of(young), young)
+    with Repository.open(repository.root) as again:
+        assert again.missing([store.digest_of(young)]) == []
+        again.clear_staging()
+        assert again.missing([store.digest_of(young)]) == [store.digest_of(young)]
+        assert list((again.root / "staging").iterdir()) == []
+
+
+def test_a_store_that_is_never_closed_gives_up_what_nobody_published_in_a_day_when_it_collects(repository):
+    old, young = b"old", b"young"
+    repository.put_blob(store.digest_of(old), old)
+    (journal,) = (repository.root / "staging").glob("*.journal")
+    repository.gc()
+    assert repository.missing([store.digest_of(old)]) == []
+
+    os.utime(journal, (1, 1))
+    repository.gc(dry_run=True)
+    assert repository.missing([store.digest_of(old)]) == []
+    repository.gc()
+
+    assert repository.missing([store.digest_of(old)]) == [store.digest_of(old)]
+    assert list((repository.root / "staging").iterdir()) == []
+    repository.put_blob(store.digest_of(young), young)
+    assert repository.staged_blob(store.digest_of(young)) == young
+
+
 # --- opening
+
+
+def test_names_that_an_earlier_process_gave_are_durable_before_a_publish_relies_on_them(repository, monkeypatch):
+    """It may have died between a rename and the sync of the folder."""
+    folders, synced, fsync = [repository.root / name for name in ("", "packs", "manifests")], set(), os.fsync
+    repository.close()
+
+    def noted(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with Repository.open(repository.root):
+        assert {folder.stat().st_ino for folder in folders} <= synced
 
 
 def test_a_second_writer_is_refused_with_the_pid_of_the_first(repository):

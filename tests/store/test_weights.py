@@ -158,5 +158,18 @@ def test_two_of_one_name_and_a_million_tensors_are_refused():
         tensor_arrays([file], [tensor] * (MAX_TENSORS + 1))
 
 
+def test_tied_weights_are_taken_and_tensors_that_all_overlap_are_refused():
+    """A few lines of a hostile file's header must not ask for gigabytes of ranges."""
+    count = 2_000
+    file = ArrayEntry("files/w", "uint8", (count,), tuple(Segment(f"{number:064x}", 0, 1) for number in range(count)))
+
+    def over_all(copies):
+        return [StoredTensor(f"t{number}", "uint8", (count,), "w", 0, count) for number in range(copies)]
+
+    assert len(tensor_arrays([file], over_all(2))) == 2
+    with pytest.raises(BadModelError, match="overlap"):
+        tensor_arrays([file], over_all(600))
+
+
 def test_slices_agree_with_the_cut():
     assert list(slices([4, 4], 4, 8)) == [(1, Piece(0, 4))]

@@ -13,8 +13,9 @@ _HOMES = {
     "lifecycle": ("up", "down", "status"),
     "logs": ("logs",),
     "doctor": ("doctor",),
-    "models": ("models", "show", "alias", "rollback", "verify", "trust"),
+    "models": ("models", "show", "alias", "rollback", "diff", "verify", "repair", "rm", "gc", "trust"),
     "files": ("publish", "export"),
+    "sharing": ("allow", "disallow", "accept", "rotate"),
     "infer": ("infer",),
     "services": ("gateway", "orchestrator", "worker", "manager"),
 }

@@ -27,18 +27,27 @@ def _tags(_: click.Context, parameter: click.Parameter, values: tuple[str, ...])
 @click.option("--framework", help="onnx, torch, tensorflow or custom  [default: as the files say].")
 @click.option("--alias", "alias_", help='Name for the version, such as "prod".')
 @click.option("--example", type=click.Path(exists=True, dir_okay=False), metavar="FILE.npz", help="Inputs to run at publish and to keep.")
+@click.option("--encrypt/--no-encrypt", "encrypt", default=None, help="Store it encrypted. For a model that is, one has to be said.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", callback=_tags, help="May be given several times.")
 @at_lab
 def publish(
-    *, name: str, path: str, framework: str | None, alias_: str | None, example: str | None, tags: dict[str, str], target: Target
+    *,
+    name: str,
+    path: str,
+    framework: str | None,
+    alias_: str | None,
+    example: str | None,
+    encrypt: bool | None,
+    tags: dict[str, str],
+    target: Target,
 ) -> None:
     """Make the file or folder PATH the next version of model NAME."""
     from tether.wire.npz import from_npz  # numpy: not for `--help`
 
     tensors = None if example is None else from_npz(Path(example).read_bytes())
     with target.connect() as lab:
-        version = lab.publish(name, path, framework=framework, example=tensors, alias=alias_, tags=tags)
-    click.echo(f"{version}  {version.digest[:16]}")
+        version = lab.publish(name, path, framework=framework, example=tensors, alias=alias_, tags=tags, encrypt=encrypt)
+    click.echo(f"{version}  {version.digest[:16]}{'  encrypted' if version.encrypted else ''}")
 
 
 @click.command("export")

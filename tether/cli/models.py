@@ -1,4 +1,4 @@
-"""`tether models`, `show`, `alias`, `rollback`, `verify`, `trust`."""
+"""`tether models`, `show`, `alias`, `rollback`, `diff`, `verify`, `repair`, `rm`, `gc`, `trust`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from tether.cli.options import Target, as_json, at_lab, run
 from tether.cli.tables import age_text, pairs_text, print_json, print_table
@@ -15,7 +16,7 @@ from tether.lab.sizes import size_text
 if TYPE_CHECKING:
     from tether.lab.objects import Model
 
-__all__ = ["alias", "models", "rollback", "show", "trust", "verify"]
+__all__ = ["alias", "diff", "gc", "models", "repair", "rm", "rollback", "show", "trust", "verify"]
 
 
 @click.command("models")
@@ -77,6 +78,9 @@ def _print_versions(model: Model) -> None:
             for each in model.versions
         ],
     )
+    encrypted = [str(each.version) for each in model.versions if each.encrypted]
+    if encrypted:
+        click.echo(f"\nencrypted: {', '.join(encrypted)}")
 
 
 @click.command("alias")
@@ -118,6 +122,73 @@ def verify(name: str, target: Target, json_: bool) -> None:
     else:
         print_table(("path", "digest", "problem"), [(each.path, each.digest[:16], each.error) for each in found.problems])
     sys.exit(0 if found else 1)
+
+
+@click.command("diff")
+@click.argument("name")
+@click.argument("before")
+@click.argument("after")
+@at_lab
+@as_json
+def diff(name: str, before: str, after: str, target: Target, json_: bool) -> None:
+    """Which tensors changed from version BEFORE to AFTER (numbers or aliases), and by how much."""
+    with target.connect() as lab:
+        found = lab.diff(name, *(int(text) if text.isdecimal() else text for text in (before, after)))
+    if json_:
+        print_json(msgspec.to_builtins(found))
+        return
+    print_table(("tensor", "", "before", "after", "relative", "largest", "elements"), found.rows())
+    click.echo(f"{found.unchanged} tensors unchanged; {size_text(found.new_nbytes)} new, {size_text(found.shared_nbytes)} shared")
+
+
+@click.command("rm")
+@click.argument("name")
+@click.argument("version", type=click.IntRange(1))
+@at_lab
+def rm(name: str, version: int, target: Target) -> None:
+    """Forget a version; `tether gc` frees its space a day later."""
+    with target.connect() as lab:
+        lab.delete(name, version)
+    click.echo(f"{name}:{version} is gone; its number is not given again")
+
+
+@click.command("repair")
+@click.argument("name")
+@click.option("--from", "source", type=click.Path(exists=True), help="The file or folder that the version was published from.")
+@at_lab
+@as_json
+def repair(name: str, source: str | None, target: Target, json_: bool) -> None:
+    """Mend what is damaged of a model ("digits", or one version: "digits:2"); only what is damaged is sent."""
+    with target.connect() as lab:
+        done = lab.repair(name, source)
+    if json_:
+        print_json(msgspec.to_builtins(done))
+    else:
+        click.echo(f"{name}: {len(done.found)} damaged, {len(done.repaired)} mended")
+        for digest in done.failed:
+            click.echo(f"nobody has {digest}; give the published files with --from", err=True)
+    sys.exit(0 if done else 1)
+
+
+@click.command("gc")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted, and why.")
+@click.option(
+    "--forget", metavar="STORE", help="First forget a host that shared the packs and is gone for good, by the id that `gc` names."
+)
+@click.option("--grace", type=click.FloatRange(0), help="Seconds for which what no version names is kept  [default: a day].")
+@at_lab
+@as_json
+def gc(dry_run: bool, forget: str | None, grace: float | None, target: Target, json_: bool) -> None:
+    """Delete what no version names any more."""
+    with target.connect() as lab:
+        if forget is not None:
+            was = run(lab.operations.client.forget_store(forget))["was"]
+            click.echo(f"forgotten: {was}", err=True)
+        done = lab.gc(dry_run=dry_run, grace=grace)
+    if json_:
+        print_json(msgspec.to_builtins(done))
+    else:
+        click.echo(str(done))
 
 
 @click.command("trust")

@@ -11,7 +11,7 @@ import structlog
 from distributed import Security
 from distributed.core import CommClosedError, connect, rpc
 
-from tether.errors import ServiceUnavailableError, from_code
+from tether.errors import NotWriterError, ServiceUnavailableError, from_code
 from tether.routing.table import Table
 from tether.security.tls import TlsFiles
 from tether.types import ModelVersion
@@ -117,6 +117,31 @@ _PUBLISH_TIMEOUT = 300.0
 """Seconds for a call that parses, hashes or runs a model."""
 
 
+_TAKE_OVER = 15.0
+"""Seconds from the first failure in which a call is repeated: a take-over may take ten."""
+_RETRY = 0.2
+_LOOK = 0.25
+_REPEATABLE = frozenset(
+    {
+        "put_blob",
+        "get_blob",
+        "publish",
+        "models",
+        "model",
+        "manifest",
+        "signed_manifest",
+        "set_alias",
+        "verify",
+        "diff",
+        "read_zarr",
+        "trust",
+        "allow",
+        "accept",
+    }
+)
+"""Operations that may be done twice. Another one, whose answer was lost, is for the caller to look at."""
+
+
 class ManagerClient:
     """`ports.Management` over the cluster's comms.
 
@@ -129,13 +154,37 @@ class ManagerClient:
         self._connected: str | None = None
 
     async def _ask(self, operation: str, patience: float = _CONTROL_TIMEOUT, **arguments: Any) -> Any:
-        address = self._address()
-        if address is None:
-            raise ServiceUnavailableError("the model manager is away; what is loaded serves on, try again in a few seconds")
-        manager = await self._manager(address)
-        answer = await _call(getattr(manager, f"tether_{operation}"), "manager", address, patience=patience, **arguments)
+        """While another manager takes over, and while the one is started again, it is asked again, where that does no harm."""
+        end: float | None = None
+        while True:
+            try:
+                answer = await self._try(operation, patience, arguments)
+                break
+            except ServiceUnavailableError as error:
+                now = asyncio.get_running_loop().time()
+                end = end or now + _TAKE_OVER
+                if now >= end or not (operation in _REPEATABLE or isinstance(error, NotWriterError)):
+                    raise ServiceUnavailableError(*error.args) from error
+            await asyncio.sleep(_RETRY)
         await self._reflects(answer["change"])
         return answer["answer"]
+
+    async def _try(self, operation: str, patience: float, arguments: dict[str, Any]) -> Any:
+        """Raises: NotWriterError: nothing was done; ServiceUnavailableError: it may have been done."""
+        address = self._address()
+        if address is None:
+            raise NotWriterError("the model manager is away; what is loaded serves on, try again in a few seconds")
+        manager = await self._manager(address)
+        call = asyncio.ensure_future(_call(getattr(manager, f"tether_{operation}"), "manager", address, patience=patience, **arguments))
+        try:
+            while not (await asyncio.wait([call], timeout=_LOOK))[0]:
+                if self._address() not in {None, address}:  # the one that was asked may be stopped, and its connection open for ever
+                    raise ServiceUnavailableError("another manager took over while this one was asked; ask again")
+            return call.result()
+        finally:
+            if not call.done():
+                call.cancel()
+                await asyncio.gather(call, return_exceptions=True)
 
     async def _manager(self, address: str) -> rpc:
         """The connections to this address. Changed before anything is awaited: of two callers one makes them, the other finds them."""
@@ -153,11 +202,11 @@ class ManagerClient:
         if old is not None:
             await old.close_rpc()
 
-    async def put_blob(self, digest: str, data: bytes) -> dict[str, Any]:
-        return dict(await self._ask("put_blob", digest=digest, data=data))
+    async def put_blob(self, digest: str, data: bytes, encrypt: str | None = None) -> dict[str, Any]:
+        return dict(await self._ask("put_blob", digest=digest, data=data, encrypt=encrypt))
 
-    async def get_blob(self, digest: str) -> bytes:
-        return bytes(await self._ask("get_blob", digest=digest))
+    async def get_blob(self, digest: str, version: str | None = None) -> bytes:
+        return bytes(await self._ask("get_blob", digest=digest, version=version))
 
     async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
         return dict(await self._ask("publish", _PUBLISH_TIMEOUT, name=name, draft=dict(draft)))
@@ -170,6 +219,9 @@ class ManagerClient:
 
     async def manifest(self, name: str, version: int) -> dict[str, Any]:
         return dict(await self._ask("manifest", name=name, version=version))
+
+    async def signed_manifest(self, digest: str) -> dict[str, Any]:
+        return dict(await self._ask("signed_manifest", digest=digest))
 
     async def set_alias(self, name: str, alias: str, version: int) -> dict[str, Any]:
         return dict(await self._ask("set_alias", name=name, alias=alias, version=version))
@@ -186,5 +238,32 @@ class ManagerClient:
     async def verify(self, name: str, version: int | None) -> dict[str, Any]:
         return dict(await self._ask("verify", _PUBLISH_TIMEOUT, name=name, version=version))
 
+    async def diff(self, name: str, before: int, after: int) -> dict[str, Any]:
+        return dict(await self._ask("diff", _PUBLISH_TIMEOUT, name=name, before=before, after=after))
+
+    async def read_zarr(self, ref: str, path: str, start: int | None, nbytes: int) -> dict[str, Any]:
+        return dict(await self._ask("read_zarr", ref=ref, path=path, start=start, nbytes=nbytes))
+
+    async def repair(self, name: str, version: int | None) -> dict[str, Any]:
+        return dict(await self._ask("repair", _PUBLISH_TIMEOUT, name=name, version=version))
+
+    async def gc(self, *, dry_run: bool, grace: float | None) -> dict[str, Any]:
+        return dict(await self._ask("gc", _PUBLISH_TIMEOUT, dry_run=dry_run, grace=grace))
+
+    async def forget_store(self, store: str) -> dict[str, Any]:
+        return dict(await self._ask("forget_store", store=store))
+
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
         return dict(await self._ask("trust", publisher=publisher, scopes=list(scopes)))
+
+    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
+        return dict(await self._ask("allow", peer=peer, scopes=list(scopes)))
+
+    async def revoke_decrypt(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
+        return dict(await self._ask("revoke_decrypt", peer=peer, scopes=list(scopes)))
+
+    async def accept(self, envelope: str) -> dict[str, Any]:
+        return dict(await self._ask("accept", envelope=envelope))
+
+    async def rotate(self) -> dict[str, Any]:
+        return dict(await self._ask("rotate", _PUBLISH_TIMEOUT))

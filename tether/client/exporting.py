@@ -17,8 +17,9 @@ from blake3 import blake3
 from tether.client.together import together
 from tether.errors import ChunkAlteredError, ConflictError, MalformedManifestError, StoreError, TetherError
 from tether.store.layout import FILES, HIDDEN, path_problem
+from tether.store.manifest import Manifest, digest_of, encode
 
-__all__ = ["Downloads", "StoredFile", "export_files", "fetch_file", "stored_files"]
+__all__ = ["Downloads", "SegmentLike", "StoredFile", "checked_segment", "export_files", "fetch_file", "is_encrypted", "stored_files"]
 
 _AHEAD: Final = 4
 """Blobs that are fetched while one is written: 16 MiB of memory."""
@@ -27,7 +28,18 @@ _AHEAD: Final = 4
 class Downloads(Protocol):
     """What an export needs of a client."""
 
-    async def get_blob(self, digest: str) -> bytes: ...
+    async def get_blob(self, digest: str, version: str | None = None) -> bytes: ...
+
+
+class SegmentLike(Protocol):
+    """A range of a blob."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 class _Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -51,6 +63,8 @@ class StoredFile:
 
     path: str
     segments: tuple[_Segment, ...]
+    sealed_in: str | None = None
+    """The encrypted version (`digits:2`) that it belongs to: its blobs come decrypted, and were checked by the lab."""
 
     @property
     def own(self) -> bool:
@@ -58,8 +72,26 @@ class StoredFile:
         return not self.path.startswith(HIDDEN + "/")
 
 
-def stored_files(manifest: Mapping[str, Any]) -> list[StoredFile]:
-    """The files that a manifest lists.
+def is_encrypted(answer: Mapping[str, Any], digest: str) -> bool:
+    """Whether a version is encrypted, by the gateway's answer about its manifest: then, and only then, it can't be checked by digests.
+
+    Raises: ChunkAlteredError: the manifest that should prove it is not the one of this digest.
+    """
+    if "public" not in answer:
+        return False
+    try:
+        public = msgspec.convert(answer["public"], Manifest)
+        if public.encryption is not None and digest_of(encode(public)) == digest:
+            return True
+    except (msgspec.ValidationError, MalformedManifestError):
+        pass
+    raise ChunkAlteredError(
+        f"the gateway sent another manifest than that of {digest[:12]}; `tether verify` finds the cause", digest, "manifest"
+    )
+
+
+def stored_files(manifest: Mapping[str, Any], sealed_in: str | None = None) -> list[StoredFile]:
+    """The files that a manifest lists. `sealed_in`: the version, where that is encrypted.
 
     Raises: MalformedManifestError: it is not a manifest, or has a path that leads out of the folder.
     """
@@ -67,7 +99,7 @@ def stored_files(manifest: Mapping[str, Any]) -> list[StoredFile]:
         arrays = msgspec.convert(manifest, _Manifest).arrays
     except msgspec.ValidationError as error:
         raise MalformedManifestError(f"the manifest is not valid: {error}; nothing was written") from error
-    files = [StoredFile(path, array.segments) for array in arrays for path in _file_path(array.path)]
+    files = [StoredFile(path, array.segments, sealed_in) for array in arrays for path in _file_path(array.path)]
     for file in files:
         problem = path_problem(file.path)
         if problem:
@@ -148,13 +180,21 @@ async def fetch_file(client: Downloads, file: StoredFile, limit: int) -> bytes:
 async def _content(client: Downloads, file: StoredFile) -> AsyncIterator[bytes]:
     for start in range(0, len(file.segments), _AHEAD):
         window = file.segments[start : start + _AHEAD]
-        for data in await together(_segment(client, file.path, segment) for segment in window):
+        for data in await together(_segment(client, file, segment) for segment in window):
             yield data
 
 
-async def _segment(client: Downloads, path: str, segment: _Segment) -> bytes:
-    data = await client.get_blob(segment.digest)
-    if blake3(data).hexdigest() != segment.digest:
+async def _segment(client: Downloads, file: StoredFile, segment: _Segment) -> bytes:
+    data = await client.get_blob(segment.digest, file.sealed_in)
+    return checked_segment(data, segment, file.path, sealed=file.sealed_in is not None)
+
+
+def checked_segment(data: bytes, segment: SegmentLike, path: str, *, sealed: bool = False) -> bytes:
+    """What a segment of the array `path` means of the blob that came for it; `sealed`: decrypted, so that its digest says nothing.
+
+    Raises: ChunkAlteredError: the blob has another digest; MalformedManifestError: it is shorter than the segment says.
+    """
+    if not sealed and blake3(data).hexdigest() != segment.digest:
         raise ChunkAlteredError(
             f"blob {segment.digest} of {path!r} came with other bytes; nothing was kept: `tether verify` finds the cause",
             segment.digest,

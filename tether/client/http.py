@@ -25,8 +25,9 @@ from tether.errors import (
     TetherError,
     UnsupportedError,
 )
+from tether.store.elsewhere import gateway_kvstore
 from tether.store.layout import BLOB_NBYTES
-from tether.types import InferResponse, Tensors
+from tether.types import InferResponse, ModelRef, Tensors
 from tether.wire.oip import decode_error, decode_response, encode_request
 
 __all__ = ["HttpClient"]
@@ -143,14 +144,18 @@ class HttpClient:
 
     # Models
 
-    async def put_blob(self, digest: str, data: bytes) -> None:
-        """Raises: DigestMismatchError, NoSpaceError."""
+    async def put_blob(self, digest: str, data: bytes, encrypt: str | None = None) -> None:
+        """`encrypt`: the model that it is for; the lab encrypts it on arrival, then. Raises: DigestMismatchError, NoSpaceError."""
         headers = {"Content-Type": "application/octet-stream"}
-        await self._send(_Call("PUT", f"/tether/v1/blobs/{quote(digest)}", data, headers))
+        query = "" if encrypt is None else f"?encrypt={quote(encrypt, safe='')}"
+        await self._send(_Call("PUT", f"/tether/v1/blobs/{quote(digest)}{query}", data, headers))
 
-    async def get_blob(self, digest: str) -> bytes:
-        """The bytes as they came; whoever uses them checks the digest. Raises: NotFoundError, ChunkMissingError, ChunkAlteredError."""
-        return (await self._send(_Call("GET", f"/tether/v1/blobs/{quote(digest)}", limit=BLOB_NBYTES))).body
+    async def get_blob(self, digest: str, version: str | None = None) -> bytes:
+        """The bytes as they came; whoever uses them checks the digest. Of an encrypted `version` (`digits:2`) they come decrypted and
+        checked by the lab. Raises: NotFoundError, ChunkMissingError, ChunkAlteredError, LockedModelError.
+        """
+        query = "" if version is None else f"?version={quote(version, safe='')}"
+        return (await self._send(_Call("GET", f"/tether/v1/blobs/{quote(digest)}{query}", limit=BLOB_NBYTES))).body
 
     async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
         """Make the drafted files a version. Idempotent by content: sent again it answers `created` false.
@@ -169,6 +174,14 @@ class HttpClient:
     async def manifest(self, name: str, version: int) -> dict[str, Any]:
         return await self._json(_Call("GET", f"{_name_path(name)}/versions/{version}"))
 
+    async def signed_manifest(self, digest: str) -> dict[str, Any]:
+        """A version as it was signed: name, publisher, manifest (base64), signature (hex). Raises: UnknownVersionError."""
+        return await self._json(_Call("GET", f"/tether/v1/manifests/{quote(digest)}"))
+
+    def kvstore(self, name: str, version: int, path: str = "") -> dict[str, Any]:
+        """The spec with which tensorstore opens a version that this gateway serves, with the API key in it."""
+        return gateway_kvstore(self.url, ModelRef.parse(f"{name}:{version}"), path, self._api_key)
+
     async def delete_version(self, name: str, version: int) -> dict[str, Any]:
         return await self._json(_Call("DELETE", f"{_name_path(name)}/versions/{version}"))
 
@@ -185,7 +198,19 @@ class HttpClient:
     async def verify(self, name: str, version: int | None = None) -> dict[str, Any]:
         return await self._json(_posted(_name_path(name) + "/verify", {"version": version}, timeout=_LONG))
 
+    async def diff(self, name: str, before: int, after: int) -> dict[str, Any]:
+        return await self._json(_Call("GET", f"{_name_path(name)}/diff/{before}/{after}", timeout=_LONG))
+
+    async def repair(self, name: str, version: int | None = None) -> dict[str, Any]:
+        return await self._json(_posted(_name_path(name) + "/repair", {"version": version}, timeout=_LONG))
+
     # The lab
+
+    async def gc(self, *, dry_run: bool, grace: float | None) -> dict[str, Any]:
+        return await self._json(_posted("/tether/v1/gc", {"dry_run": dry_run, "grace": grace}, timeout=_LONG))
+
+    async def forget_store(self, store: str) -> dict[str, Any]:
+        return await self._json(_Call("DELETE", f"/tether/v1/stores/{quote(store, safe='')}"))
 
     async def workers(self) -> list[dict[str, Any]]:
         answer = await self._json(_Call("GET", "/tether/v1/workers"))
@@ -196,6 +221,19 @@ class HttpClient:
 
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
         return await self._json(_with_json("PUT", f"/tether/v1/trust/{quote(publisher, safe='')}", {"scopes": list(scopes)}))
+
+    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
+        return await self._json(_with_json("PUT", f"/tether/v1/grants/{quote(peer, safe='')}", {"scopes": list(scopes)}))
+
+    async def revoke_decrypt(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
+        """Not repeated by itself: the second answer would not say whom the first one took it from."""
+        return await self._json(_posted(f"/tether/v1/grants/{quote(peer, safe='')}/revoke", {"scopes": list(scopes)}, repeatable=False))
+
+    async def accept(self, envelope: str) -> dict[str, Any]:
+        return await self._json(_posted("/tether/v1/envelopes", {"envelope": envelope}))
+
+    async def rotate(self) -> dict[str, Any]:
+        return await self._json(_posted("/tether/v1/cluster-key/rotate", {}, timeout=_LONG, repeatable=False))
 
     # One exchange
 

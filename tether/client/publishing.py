@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -14,9 +14,23 @@ from blake3 import blake3
 
 from tether.client.together import together
 from tether.errors import BadModelError, MissingBlobsError, NoModelFileError, RemoteError, TetherError
-from tether.store.layout import HIDDEN, cut, path_problem
+from tether.runtimes import recognise
+from tether.runtimes.weights import boundaries
+from tether.store.layout import HIDDEN, Piece, cut, path_problem
 
-__all__ = ["EXAMPLE", "Blob", "DraftFile", "Source", "Uploads", "cut_file", "draft", "model_sources", "publish_draft"]
+__all__ = [
+    "EXAMPLE",
+    "Blob",
+    "DraftFile",
+    "Source",
+    "Uploads",
+    "cut_file",
+    "cut_model",
+    "draft",
+    "model_sources",
+    "publish_draft",
+    "upload",
+]
 
 EXAMPLE: Final = f"{HIDDEN}/example.npz"
 """Where a version keeps its example tensors, beside the model's files."""
@@ -81,7 +95,7 @@ class DraftFile:
 class Uploads(Protocol):
     """What a publish needs of a client."""
 
-    async def put_blob(self, digest: str, data: bytes) -> None: ...
+    async def put_blob(self, digest: str, data: bytes, encrypt: str | None = None) -> None: ...
 
     async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]: ...
 
@@ -149,8 +163,26 @@ def _unreadable(path: Path, error: OSError) -> NoModelFileError:
     return NoModelFileError(f"{path} can't be read: {error.strerror or error}")
 
 
-def cut_file(source: Source) -> DraftFile:
-    """Read it once, in pieces of 4 MiB, and name each piece by its BLAKE3 digest.
+def cut_model(path: str | os.PathLike[str], sources: Iterable[Source], framework: str | None = None) -> list[DraftFile]:
+    """Cut a model's files at their tensors, so that only what changed since an earlier version has to be sent.
+
+    Raises: NoModelFileError: a file can't be read.
+    """
+    ranges = _tensor_ranges(Path(path).expanduser(), framework)
+    return [cut_file(source, ranges.get(source.path, ())) for source in sources]
+
+
+def _tensor_ranges(path: Path, framework: str | None) -> Mapping[str, Sequence[Piece]]:
+    """Nothing where this is no model: the lab says what is wrong with it, and to all clients the same."""
+    try:
+        _, format_ = recognise(path, framework)
+    except TetherError:
+        return {}
+    return {file: [Piece(*each) for each in ranges] for file, ranges in boundaries(path, format_).items()}
+
+
+def cut_file(source: Source, tensors: Sequence[Piece] = ()) -> DraftFile:
+    """Read it once, in pieces of at most 4 MiB, and name each piece by its BLAKE3 digest.
 
     Raises: NoModelFileError: it can't be read.
     """
@@ -159,7 +191,7 @@ def cut_file(source: Source) -> DraftFile:
         return _drafted(source, iter(pieces))
     try:
         with source.content.open("rb") as file:
-            sizes = cut(os.fstat(file.fileno()).st_size)
+            sizes = cut(os.fstat(file.fileno()).st_size, tensors)
             return _drafted(source, (file.read(piece.nbytes) for piece in sizes))
     except OSError as error:
         raise _unreadable(source.content, error) from error
@@ -175,11 +207,18 @@ def _drafted(source: Source, pieces: Iterator[bytes]) -> DraftFile:
 
 
 def draft(
-    files: Sequence[DraftFile], entry: str, *, framework: str | None, aliases: Sequence[str], tags: Mapping[str, str]
+    files: Sequence[DraftFile],
+    entry: str,
+    *,
+    framework: str | None,
+    aliases: Sequence[str],
+    tags: Mapping[str, str],
+    encrypt: bool | None = None,
 ) -> dict[str, Any]:
     """The body of `POST /tether/v1/models/{name}/versions`."""
     described = [file.as_json() for file in files]
-    return {"framework": framework, "entry": entry, "files": described, "aliases": list(aliases), "tags": dict(tags)}
+    body = {"framework": framework, "entry": entry, "files": described, "aliases": list(aliases), "tags": dict(tags)}
+    return body if encrypt is None else body | {"encrypt": encrypt}
 
 
 async def publish_draft(client: Uploads, name: str, body: Mapping[str, Any], files: Sequence[DraftFile]) -> dict[str, Any]:
@@ -195,15 +234,19 @@ async def publish_draft(client: Uploads, name: str, body: Mapping[str, Any], fil
             missing = error.args[1] if len(error.args) > 1 else ()
             if not missing or not blobs.keys() >= set(missing):
                 raise RemoteError("the gateway asks for blobs that are not part of this model; nothing was published") from error
-            await _upload(client, [blobs[digest] for digest in dict.fromkeys(missing)])
+            await upload(client, [blobs[digest] for digest in dict.fromkeys(missing)], name if body.get("encrypt") else None)
     raise RemoteError("the gateway keeps asking for blobs that were sent; look into its log with `tether logs manager`")
 
 
-async def _upload(client: Uploads, blobs: Sequence[Blob]) -> None:
+async def upload(client: Uploads, blobs: Sequence[Blob], encrypt: str | None = None) -> None:
+    """Send blobs, a few at a time. `encrypt`: the model for which they are to be encrypted on arrival.
+
+    Raises: NoModelFileError: a file changed since it was cut; what the gateway answers.
+    """
     waiting = iter(blobs)
 
     async def sender() -> None:
         for blob in waiting:
-            await client.put_blob(blob.digest, await asyncio.to_thread(blob.read))
+            await client.put_blob(blob.digest, await asyncio.to_thread(blob.read), encrypt)
 
     await together(sender() for _ in range(min(_AT_ONCE, len(blobs))))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from time import perf_counter, time
 from typing import Any, Final, cast
 
@@ -14,7 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tether.errors import InternalError, MethodNotAllowedError, NotFoundError, PayloadTooLargeError, RequestError, TetherError
@@ -24,6 +24,7 @@ from tether.gateway.door import Dispatcher, Door, Settings
 from tether.gateway.management import MANAGEMENT
 from tether.gateway.protocol import FastProtocol, protocol_class
 from tether.gateway.routes import PROTOCOL, Answer, Call, Endpoint, as_json
+from tether.gateway.zarr_door import ZARR
 from tether.telemetry.accesslog import Access
 from tether.wire.oip import encode_error
 
@@ -49,7 +50,7 @@ def make_app(door: Door) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
 
 
 def _endpoints() -> tuple[Endpoint, ...]:
-    shown = (*PROTOCOL, *MANAGEMENT)
+    shown = (*PROTOCOL, *MANAGEMENT, *ZARR)
 
     async def document(_call: Call) -> Answer:
         return as_json(openapi(shown))
@@ -66,7 +67,7 @@ def _endpoints() -> tuple[Endpoint, ...]:
 
 def _handler(door: Door, verbs: dict[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
-        endpoint = verbs["GET" if request.method == "HEAD" else request.method]
+        endpoint = verbs.get(request.method) or verbs["GET"]  # a HEAD that has none of its own
         try:
             return _response(await _called(door, endpoint, request))
         except TetherError as error:
@@ -87,7 +88,7 @@ async def _called(door: Door, endpoint: Endpoint, request: Request) -> Answer:
     request.scope["state"]["caller"] = door.admission.caller(headers, peer, endpoint.need)
     body = await _body(request, endpoint.limit or door.settings.limits.body_nbytes)
     request.scope["state"]["received"] = len(body)
-    return await endpoint.handle(Call(door, request.path_params, headers, body, lambda: _gone(request)))
+    return await endpoint.handle(Call(door, request.path_params, headers, body, lambda: _gone(request), dict(request.query_params)))
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -106,12 +107,21 @@ async def _gone(request: Request) -> None:
 
 
 def _response(answer: Answer) -> Response:
-    headers = {"content-type": answer.kind}
+    headers = {"content-type": answer.kind, **answer.headers}
     if answer.header_nbytes:
         headers["inference-header-content-length"] = str(answer.header_nbytes)
     if answer.status in {429, 503}:
         headers["retry-after"] = "1"
+    if answer.rest is not None:
+        return StreamingResponse(_parts(answer.body, answer.rest), answer.status, headers)
     return Response(answer.body, answer.status, headers)
+
+
+async def _parts(body: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """What fails in the middle of an answer can only cut it off: the client misses bytes that content-length promised."""
+    yield body
+    async for part in rest:
+        yield part
 
 
 def _error_response(error: TetherError) -> Response:
@@ -185,7 +195,8 @@ class _Rim:
 
 _PREFLIGHT: Final = {
     "access-control-allow-methods": "GET, POST, PUT, DELETE",
-    "access-control-allow-headers": "authorization, content-type, inference-header-content-length, x-request-id, x-request-timeout",
+    "access-control-allow-headers": "authorization, content-type, if-none-match, inference-header-content-length, range, "
+    "x-request-id, x-request-timeout",
     "access-control-max-age": "600",
 }
 

@@ -24,7 +24,7 @@ def openapi(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
+        paths.setdefault(_shown(endpoint.path), {})[endpoint.method.lower()] = _operation(endpoint)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Tether", "version": __version__, "description": "Open Inference Protocol V2, and management of models."},
@@ -40,9 +40,10 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     }
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
-        "operationId": re.sub(r"\W+", "_", f"{endpoint.method.lower()}{endpoint.path}").strip("_"),
+        "operationId": re.sub(r"\W+", "_", f"{endpoint.method.lower()}{_shown(endpoint.path)}").strip("_"),
         "parameters": [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in _VARIABLE.findall(endpoint.path)
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in _VARIABLE.findall(_shown(endpoint.path))
         ],
         "responses": {"200": {"description": "Done"}, "default": failure},
         "security": [] if endpoint.need == "open" else [{"key": []}],
@@ -53,13 +54,18 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     return operation
 
 
+def _shown(path: str) -> str:
+    """OpenAPI has no word for a variable that takes several parts of a path."""
+    return path.replace(":path}", "}")
+
+
 _NEEDS = {"open": "open", "infer": "key, or this user on loopback", "metrics": "key, or loopback", "manage": "key"}
 
 
 def page(endpoints: Iterable[Endpoint]) -> str:
     """The endpoints as one table of HTML."""
     rows = "".join(
-        f"<tr><td>{endpoint.method}</td><td><code>{html.escape(endpoint.path)}</code></td>"
+        f"<tr><td>{endpoint.method}</td><td><code>{html.escape(_shown(endpoint.path))}</code></td>"
         f"<td>{html.escape(endpoint.summary)}</td><td>{_NEEDS[endpoint.need]}</td></tr>"
         for endpoint in endpoints
     )

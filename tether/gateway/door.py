@@ -151,7 +151,7 @@ class Door:
         origin = headers.get(b"origin")
         if origin is None or origin.decode("latin-1") not in self.settings.allow_origins:
             return []
-        exposed = b"inference-header-content-length, x-request-id, retry-after"
+        exposed = b"inference-header-content-length, x-request-id, retry-after, etag, accept-ranges, content-range"
         return [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", exposed), (b"vary", b"origin")]
 
     def close(self) -> None:

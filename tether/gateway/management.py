@@ -36,7 +36,10 @@ def _name(call: Call) -> str:
 
 
 def _version(call: Call) -> int:
-    text = call.path["version"]
+    return _number(call.path["version"])
+
+
+def _number(text: str) -> int:
     if not _VERSION.fullmatch(text):
         raise BadNameError(f"version {text[:80]!r}: use a number from 1")
     return int(text)
@@ -47,11 +50,12 @@ def _is_version(value: Any) -> bool:
 
 
 async def _put_blob(call: Call) -> Answer:
-    return as_json(await call.door.dispatcher.management.put_blob(_digest(call), call.body))
+    return as_json(await call.door.dispatcher.management.put_blob(_digest(call), call.body, call.query.get("encrypt")))
 
 
 async def _get_blob(call: Call) -> Answer:
-    return Answer(200, await call.door.dispatcher.management.get_blob(_digest(call)), "application/octet-stream")
+    data = await call.door.dispatcher.management.get_blob(_digest(call), call.query.get("version"))
+    return Answer(200, data, "application/octet-stream")
 
 
 async def _publish(call: Call) -> Answer:
@@ -69,6 +73,10 @@ async def _model(call: Call) -> Answer:
 
 async def _manifest(call: Call) -> Answer:
     return as_json(await call.door.dispatcher.management.manifest(_name(call), _version(call)))
+
+
+async def _signed_manifest(call: Call) -> Answer:
+    return as_json(await call.door.dispatcher.management.signed_manifest(_digest(call)))
 
 
 async def _delete_version(call: Call) -> Answer:
@@ -100,6 +108,30 @@ async def _verify(call: Call) -> Answer:
     return as_json(await call.door.dispatcher.management.verify(_name(call), version))
 
 
+async def _diff(call: Call) -> Answer:
+    before, after = (_number(call.path[side]) for side in ("before", "after"))
+    return as_json(await call.door.dispatcher.management.diff(_name(call), before, after))
+
+
+async def _repair(call: Call) -> Answer:
+    version = json_object(call).get("version")
+    if version is not None and not _is_version(version):
+        raise MalformedRequestError('the body must be {"version": n or null}')
+    return as_json(await call.door.dispatcher.management.repair(_name(call), version))
+
+
+async def _gc(call: Call) -> Answer:
+    body = json_object(call)
+    dry_run, grace = body.get("dry_run", False), body.get("grace")
+    if type(dry_run) is not bool or not (grace is None or (type(grace) in {int, float} and grace >= 0)):
+        raise MalformedRequestError('the body must be {"dry_run": true or false, "grace": seconds or null}')
+    return as_json(await call.door.dispatcher.management.gc(dry_run=dry_run, grace=grace))
+
+
+async def _forget_store(call: Call) -> Answer:
+    return as_json(await call.door.dispatcher.management.forget_store(call.path["store"]))
+
+
 async def _workers(call: Call) -> Answer:
     return as_json({"workers": [_worker(worker) for worker in call.door.dispatcher.table.workers.values()]})
 
@@ -121,10 +153,33 @@ async def _status(call: Call) -> Answer:
 
 
 async def _trust(call: Call) -> Answer:
+    return as_json(await call.door.dispatcher.management.trust(call.path["publisher"], _scopes(call, "code")))
+
+
+def _scopes(call: Call, example: str) -> list[str]:
     scopes = json_object(call).get("scopes")
     if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
-        raise MalformedRequestError('the body must be {"scopes": ["code"]}')
-    return as_json(await call.door.dispatcher.management.trust(call.path["publisher"], scopes))
+        raise MalformedRequestError(f'the body must be {{"scopes": ["{example}"]}}')
+    return scopes
+
+
+async def _allow(call: Call) -> Answer:
+    return as_json(await call.door.dispatcher.management.allow(call.path["peer"], _scopes(call, "decrypt:NAME")))
+
+
+async def _revoke_decrypt(call: Call) -> Answer:
+    return as_json(await call.door.dispatcher.management.revoke_decrypt(call.path["peer"], _scopes(call, "decrypt:NAME")))
+
+
+async def _accept(call: Call) -> Answer:
+    envelope = json_object(call).get("envelope")
+    if not isinstance(envelope, str):
+        raise MalformedRequestError('the body must be {"envelope": "base64, as `tether allow` prints it"}')
+    return as_json(await call.door.dispatcher.management.accept(envelope))
+
+
+async def _rotate(call: Call) -> Answer:
+    return as_json(await call.door.dispatcher.management.rotate())
 
 
 _BYTES: Final = {"type": "string", "format": "binary"}
@@ -133,12 +188,18 @@ _ALIAS: Final = {"type": "object", "required": ["version"], "properties": {"vers
 _WHICH: Final = {"type": "object", "properties": {"alias": {"type": ["string", "null"]}}}
 _CHECKED: Final = {"type": "object", "properties": {"version": {"type": ["integer", "null"]}}}
 _SCOPES: Final = {"type": "object", "required": ["scopes"], "properties": {"scopes": {"type": "array", "items": {"enum": ["code"]}}}}
+_COLLECT: Final = {"type": "object", "properties": {"dry_run": {"type": "boolean"}, "grace": {"type": ["number", "null"], "minimum": 0}}}
+_DECRYPT: Final = {"type": "object", "required": ["scopes"], "properties": {"scopes": {"type": "array", "items": {"type": "string"}}}}
+_ENVELOPE: Final = {"type": "object", "required": ["envelope"], "properties": {"envelope": {"type": "string"}}}
+_ENVELOPE_NBYTES: Final = 512 << 10
+"""Of a body with an envelope of a thousand keys, in base64."""
 _V1: Final = "/tether/v1"
 _MODEL: Final = f"{_V1}/models/{{name}}"
 
 MANAGEMENT: Final = (
     Endpoint("PUT", f"{_V1}/blobs/{{digest}}", "manage", _put_blob, "Stage a blob", _BYTES, _BLOB_NBYTES),
     Endpoint("GET", f"{_V1}/blobs/{{digest}}", "manage", _get_blob, "The bytes of a blob"),
+    Endpoint("GET", f"{_V1}/manifests/{{digest}}", "manage", _signed_manifest, "A version as its publisher signed it"),
     Endpoint("GET", f"{_V1}/models", "manage", _models, "All models"),
     Endpoint("GET", _MODEL, "manage", _model, "A model's versions and aliases"),
     Endpoint("POST", f"{_MODEL}/versions", "manage", _publish, "Publish a version whose blobs are staged", _OBJECT),
@@ -148,7 +209,15 @@ MANAGEMENT: Final = (
     Endpoint("DELETE", f"{_MODEL}/aliases/{{alias}}", "manage", _delete_alias, "Remove an alias"),
     Endpoint("POST", f"{_MODEL}/rollback", "manage", _rollback, "Move an alias back", _WHICH, _SMALL),
     Endpoint("POST", f"{_MODEL}/verify", "manage", _verify, "Read every byte and check it", _CHECKED, _SMALL),
+    Endpoint("GET", f"{_MODEL}/diff/{{before}}/{{after}}", "manage", _diff, "Which tensors changed, and by how much"),
+    Endpoint("POST", f"{_MODEL}/repair", "manage", _repair, "Mend what is damaged with blobs that were uploaded again", _CHECKED, _SMALL),
+    Endpoint("POST", f"{_V1}/gc", "manage", _gc, "Delete what no version names", _COLLECT, _SMALL),
+    Endpoint("DELETE", f"{_V1}/stores/{{store}}", "manage", _forget_store, "Forget a host that shares the packs and is gone for good"),
     Endpoint("GET", f"{_V1}/workers", "manage", _workers, "All workers"),
     Endpoint("GET", f"{_V1}/status", "manage", _status, "The services of the lab"),
+    Endpoint("PUT", f"{_V1}/grants/{{peer}}", "manage", _allow, "Let another lab open encrypted models", _DECRYPT, _SMALL),
+    Endpoint("POST", f"{_V1}/grants/{{peer}}/revoke", "manage", _revoke_decrypt, "Take encrypted models from it again", _DECRYPT, _SMALL),
+    Endpoint("POST", f"{_V1}/envelopes", "manage", _accept, "Keep the model keys that another lab granted", _ENVELOPE, _ENVELOPE_NBYTES),
+    Endpoint("POST", f"{_V1}/cluster-key/rotate", "manage", _rotate, "Replace the key that wraps all model keys"),
     Endpoint("PUT", f"{_V1}/trust/{{publisher}}", "manage", _trust, "Trust a publisher's code", _SCOPES, _SMALL),
 )

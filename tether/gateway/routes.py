@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Final
@@ -44,6 +44,8 @@ class Call:
     body: bytes
     gone: Callable[[], Awaitable[None]]
     """Returns when the client went away."""
+    query: Mapping[str, str] = field(default_factory=dict)
+    """What stands behind the URL's question mark, decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ class Answer:
     body: bytes = b""
     kind: str = "application/json"
     header_nbytes: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """More of them."""
+    rest: AsyncIterator[bytes] | None = None
+    """What follows `body`, made as the client takes it; `headers` then has the content-length of both."""
 
 
 @dataclass(frozen=True, slots=True)

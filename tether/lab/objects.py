@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from tether.errors import RemoteError
+from tether.errors import RemoteError, UnsupportedError
 from tether.lab.sizes import size_text
 from tether.types import TensorSpec
 
+if TYPE_CHECKING:
+    from tether.store.zarr import Weights
+
 __all__ = [
     "AliasMove",
+    "Change",
+    "Collection",
+    "Diff",
     "Model",
     "Problem",
+    "Repair",
+    "Revoked",
     "Service",
     "Status",
     "Verification",
@@ -36,7 +45,7 @@ class _Info(msgspec.Struct, frozen=True, kw_only=True):
     requirements: tuple[str, ...] = ()
 
 
-class Version(msgspec.Struct, frozen=True, kw_only=True):
+class Version(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """One published version. `str()` gives the reference that `infer` takes: `digits:2`."""
 
     name: str = ""
@@ -56,6 +65,8 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     info: _Info = _Info()
     example: bool = False
     """Whether example tensors were published with it."""
+    encrypted: bool = False
+    """Whether its files are stored encrypted."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -65,11 +76,39 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self.info.outputs
 
+    @property
+    def weights(self) -> Weights:
+        """Name → zarr array. Reading one fetches its own bytes only, verified; `nbytes_read` counts them.
+
+        Raises: UnsupportedError: this object was not asked of a lab (it was unpickled, say).
+        """
+        if "weights" not in self.__dict__:
+            self.__dict__["weights"] = self._of_lab("open_weights")()
+        found: Weights = self.__dict__["weights"]
+        return found
+
+    def kvstore(self, path: str = "") -> dict[str, Any]:
+        """The spec with which tensorstore opens the version, or the array or group at a zarr path of it, as a zarr3 driver's `kvstore`.
+
+        It reads from the gateway and holds the API key of this lab's connection: who gets the one has the other.
+
+        Raises: UnsupportedError: as `weights`.
+        """
+        spec: dict[str, Any] = self._of_lab("kvstore")(path)
+        return spec
+
+    def _of_lab(self, what: str) -> Callable[..., Any]:
+        if what not in self.__dict__:
+            raise UnsupportedError(f"this description of {self} came without its lab: ask for lab.models[{self.name!r}] again")
+        found: Callable[..., Any] = self.__dict__[what]
+        return found
+
     def __str__(self) -> str:
         return f"{self.name}:{self.version}"
 
     def __repr__(self) -> str:
-        parts = [part for part in (self.framework or "", size_text(self.nbytes) if self.nbytes else "") if part]
+        shown = (self.framework or "", size_text(self.nbytes) if self.nbytes else "", "encrypted" if self.encrypted else "")
+        parts = [part for part in shown if part]
         return f"<Version {self}{': ' + ', '.join(parts) if parts else ''}>"
 
     def _repr_html_(self) -> str:
@@ -79,6 +118,7 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
             ("inputs", _tensors(self.inputs)),
             ("outputs", _tensors(self.outputs)),
             ("tags", _pairs(self.tags)),
+            ("encrypted", "yes" if self.encrypted else ""),
         ]
         return html_table(str(self), (), [row for row in rows if row[1]])
 
@@ -95,6 +135,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         named = tuple(version if version.name else msgspec.structs.replace(version, name=self.name) for version in self.versions)
         msgspec.structs.force_setattr(self, "versions", named)
+
+    @property
+    def weights(self) -> Weights:
+        """Those of the version that the bare name means."""
+        return self[self.default].weights
 
     def __getitem__(self, version: int | str) -> Version:
         """By number or alias. Raises: KeyError."""
@@ -117,6 +162,97 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
     def _names(self, version: Version) -> str:
         return ", ".join(sorted(alias for alias, number in self.aliases.items() if number == version.version))
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor or file that is not the same in both versions."""
+
+    name: str
+    kind: str
+    """added, removed, changed; retyped: another shape or element type."""
+    before: str = ""
+    """`float32[64, 10]`; a file's is its size in bytes."""
+    after: str = ""
+    relative: float | None = None
+    """‖after − before‖ / ‖before‖ of a changed tensor; None where that is no finite number."""
+    largest: float | None = None
+    """max |after − before|."""
+    share: float | None = None
+    """Of the elements, how many differ: 0 to 1."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.kind}{'' if self.relative is None else f' by {self.relative:.2%}'}"
+
+
+class Diff(msgspec.Struct, frozen=True, kw_only=True):
+    """What changed from one version of a model to another."""
+
+    name: str
+    before: int
+    after: int
+    tensors: tuple[Change, ...] = ()
+    files: tuple[Change, ...] = ()
+    unchanged: int = 0
+    """Tensors that are the same, byte for byte."""
+    shared_nbytes: int = 0
+    """Of the second version, what it shares with the first: kept once."""
+    new_nbytes: int = 0
+
+    def __repr__(self) -> str:
+        changes = Counter(change.kind for change in self.tensors)
+        parts = [f"{count} {kind}" for kind, count in sorted(changes.items())] + [f"{self.unchanged} unchanged"]
+        return f"<Diff {self.name}:{self.before} → {self.after}: {', '.join(parts)} tensors, {size_text(self.new_nbytes)} new>"
+
+    def rows(self) -> list[tuple[str, str, str, str, str, str, str]]:
+        """The tensors as a table: name, kind, before, after, relative change, largest change, share of the elements."""
+        return [
+            (each.name, each.kind, each.before, each.after, _figure(each.relative), _figure(each.largest), _share(each.share))
+            for each in self.tensors
+        ]
+
+    def _repr_html_(self) -> str:
+        head = ("tensor", "", "before", "after", "relative change", "largest change", "elements")
+        return html_table(f"{self.name}:{self.before} → {self.name}:{self.after}", head, self.rows())
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+class Repair(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of damage; true where none is left. Digests of blobs and manifests."""
+
+    found: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    """What nobody had."""
+
+    def __bool__(self) -> bool:
+        return not self.failed
+
+    def __repr__(self) -> str:
+        return f"<Repair: {len(self.found)} damaged, {len(self.repaired)} mended, {len(self.failed)} not>"
+
+
+class Collection(msgspec.Struct, frozen=True, kw_only=True):
+    """What a garbage collection did, or would do."""
+
+    dry_run: bool = False
+    freed_nbytes: int = 0
+    later_nbytes: int = 0
+    """What is only kept because it is young."""
+    lines: tuple[str, ...] = ()
+    """What and why, for people."""
+
+    def __repr__(self) -> str:
+        return f"<Collection: {size_text(self.freed_nbytes)} {'would be ' if self.dry_run else ''}freed>"
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,6 +314,20 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         )
         models = html_table("models", ("name", "versions"), [(each.name, str(len(each.versions))) for each in self.models])
         return services + workers + models
+
+
+class Revoked(msgspec.Struct, frozen=True, kw_only=True):
+    """What taking encrypted models from another lab did."""
+
+    peer: str
+    models: tuple[str, ...]
+    """Those whose later versions have a new key."""
+    message: str
+    envelopes: dict[str, dict[str, str]]
+    """With the new keys, for those who keep the model: model → public key → envelope."""
+
+    def __repr__(self) -> str:
+        return f"<Revoked: {', '.join(self.models) or 'nothing'} from {self.peer[:12]}>"
 
 
 class AliasMove(msgspec.Struct, frozen=True, kw_only=True, rename={"before": "from", "after": "to"}):

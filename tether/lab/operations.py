@@ -6,14 +6,15 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from tether.client.exporting import export_files, fetch_file, stored_files
+from tether.client.exporting import StoredFile, export_files, fetch_file, is_encrypted, stored_files
 from tether.client.http import HttpClient
-from tether.client.publishing import EXAMPLE, DraftFile, Source, cut_file, draft, model_sources, publish_draft
+from tether.client.publishing import EXAMPLE, DraftFile, Source, cut_model, draft, model_sources, publish_draft, upload
 from tether.errors import (
     BadInputError,
     NotFoundError,
@@ -23,9 +24,22 @@ from tether.errors import (
     UnknownAliasError,
     UnknownVersionError,
 )
-from tether.lab.objects import AliasMove, Model, Status, Verification, Version, WorkerInfo, described
+from tether.lab.objects import (
+    AliasMove,
+    Collection,
+    Diff,
+    Model,
+    Repair,
+    Revoked,
+    Status,
+    Verification,
+    Version,
+    WorkerInfo,
+    described,
+)
 from tether.lab.tensors import named_arrays, to_npz
-from tether.types import Array, InferResponse, ModelRef, Tensors, TensorSpec, model_name
+from tether.lab.weights import open_weights
+from tether.types import Array, Digest, InferResponse, ModelRef, Tensors, TensorSpec, model_name
 from tether.wire.npz import from_npz
 
 __all__ = ["Operations"]
@@ -66,7 +80,7 @@ class Operations:
             )
         return self._client
 
-    async def publish(
+    async def publish(  # noqa: PLR0913 (all that can be said of a model)
         self,
         name: str,
         path: str | os.PathLike[str],
@@ -75,22 +89,26 @@ class Operations:
         example: Any = None,
         alias: str | None = None,
         tags: Mapping[str, str] | None = None,
+        encrypt: bool | None = None,
     ) -> Version:
         """Make a file or folder the next version of a model; the same bytes again give the version that they are already.
 
         `example` is a dict of arrays, or one array for a model with a single input: it is run once now and kept as the model's
-        self-test, warm-up and day-one call. `alias` names the version, for instance "prod".
+        self-test, warm-up and day-one call. `alias` names the version, for instance "prod". With `encrypt` it is stored encrypted, and
+        plain in memory only; whether a model that was encrypted before gets a plain version has to be said (False).
 
         Raises: NoModelFileError: nothing is at `path`; UnknownFrameworkError: the files don't say what they are, pass `framework`;
-            BadModelError: they can't be parsed, or the example fails; UntrustedCodeError, MissingDependencyError.
+            BadModelError: they can't be parsed, or the example fails; UntrustedCodeError, MissingDependencyError; ConflictError: the model
+            is encrypted, say whether this version is to be.
         """
         model_name(name)
         entry, sources = await asyncio.to_thread(model_sources, path)
         if example is not None:
             sources = [*(source for source in sources if source.path != EXAMPLE), Source(EXAMPLE, to_npz(example))]
-        files: list[DraftFile] = [await asyncio.to_thread(cut_file, source) for source in sources]
+        files: list[DraftFile] = await asyncio.to_thread(cut_model, path, sources, framework)
         aliases = [] if alias is None else [alias]
-        body = draft(files, entry, framework=framework, aliases=aliases, tags={key: str(value) for key, value in (tags or {}).items()})
+        texts = {key: str(value) for key, value in (tags or {}).items()}
+        body = draft(files, entry, framework=framework, aliases=aliases, tags=texts, encrypt=encrypt)
         answer = described(_Published, await publish_draft(self.client, name, body, files))
         self._known.clear()
         return await self.version(f"{name}:{answer.version}")
@@ -146,11 +164,18 @@ class Operations:
 
     async def model(self, name: str) -> Model:
         """One model with all of its versions. Raises: UnknownModelError."""
-        return described(Model, await self.client.model(_url_name(ModelRef.parse(name))))
+        return self._opening(described(Model, await self.client.model(_url_name(ModelRef.parse(name)))))
+
+    def _opening(self, model: Model) -> Model:
+        """Its versions know this lab, for their weights."""
+        for each in model.versions:
+            each.__dict__["open_weights"] = partial(open_weights, self.client, model.name, each.version, Digest(each.digest))
+            each.__dict__["kvstore"] = partial(self.client.kvstore, model.name, each.version)
+        return model
 
     async def models(self) -> dict[str, Model]:
         """Every model that the caller may see, by name."""
-        found = [described(Model, row) for row in await self.client.models()]
+        found = [self._opening(described(Model, row)) for row in await self.client.models()]
         return {model.name: model for model in sorted(found, key=lambda model: model.name)}
 
     async def workers(self) -> dict[str, WorkerInfo]:
@@ -168,7 +193,7 @@ class Operations:
         Raises: NotFoundError: it has none.
         """
         version = await self.version(model)
-        files = stored_files((await self._manifest(version))["manifest"])
+        files = await self._files(version)
         for file in files:
             if file.path == EXAMPLE:
                 return from_npz(await fetch_file(self.client, file, _EXAMPLE_LIMIT))
@@ -195,22 +220,89 @@ class Operations:
         number = None if bare else (await self.version(model)).version
         return described(Verification, await self.client.verify(_url_name(ref), number))
 
+    async def diff(self, name: str, before: int | str, after: int | str) -> Diff:
+        """What changed from one version to another: tensors that were added, removed, retyped or changed, and by how much.
+
+        Versions are numbers or aliases. Raises: UnknownVersionError, UnknownAliasError.
+        """
+        model = await self.model(name)
+        numbers = [_chosen(model, _within(name, wanted)).version for wanted in (before, after)]
+        return described(Diff, await self.client.diff(_url_name(ModelRef.parse(name)), *numbers))
+
+    async def delete(self, name: str, version: int) -> None:
+        """Forget a version; its number is not given again. What no other version shares is freed by garbage collection after a day.
+
+        Raises: UnknownVersionError; ConflictError: an alias points at it.
+        """
+        await self.client.delete_version(_url_name(ModelRef.parse(name)), version)
+        self._known.clear()
+
+    async def repair(self, model: str, path: str | os.PathLike[str] | None = None) -> Repair:
+        """Mend what `verify` finds damaged of a model ("digits") or a version ("digits:2"), with the files that it was published from.
+
+        `path` is what was given to `publish`, as it was then: of it only the damaged blobs are sent (all where it is encrypted). Without
+        it, with what others of the cluster have. Raises: NoModelFileError: nothing is at `path`.
+        """
+        damaged = {problem.digest for problem in (await self.verify(model)).problems}
+        if path is not None:
+            files = await asyncio.to_thread(cut_model, path, (await asyncio.to_thread(model_sources, path))[1])
+            blobs = [blob for file in files for blob in file.blobs]
+            await upload(self.client, [blob for blob in blobs if blob.digest in damaged])
+            if damaged and any(each.encrypted for each in (await self.model(model)).versions):
+                await upload(self.client, blobs, encrypt=ModelRef.parse(model).name)  # which of them is damaged only the lab can tell
+        ref = ModelRef.parse(model)
+        bare = ref.version is None and ref.alias is None and ref.sha is None
+        number = None if bare else (await self.version(model)).version
+        return described(Repair, await self.client.repair(_url_name(ref), number))
+
+    async def gc(self, *, dry_run: bool = False, grace: float | None = None) -> Collection:
+        """Free what no version names and is older than `grace` seconds (None: a day); `dry_run` only says what and why."""
+        return described(Collection, await self.client.gc(dry_run=dry_run, grace=grace))
+
     async def export(self, model: str, directory: str | os.PathLike[str]) -> Path:
         """Write a version's files, byte for byte, to a folder that does not exist or is empty. Returns it.
 
         Raises: ConflictError: the folder holds something; ChunkAlteredError: a blob came with other bytes; nothing is kept then.
         """
-        manifest = await self._manifest(await self.version(model))
-        return await export_files(self.client, stored_files(manifest["manifest"]), Path(directory))
+        return await export_files(self.client, await self._files(await self.version(model)), Path(directory))
 
     async def trust(self, publisher: str, scopes: Sequence[str] = ("code",)) -> None:
         """Let the holder of a public key publish models that run code here. Only for people whom one would lend the machine."""
         await self.client.trust(publisher, scopes)
 
+    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, str]:
+        """Let another lab, named by its public key, open encrypted models of this one: `scopes` are `decrypt:NAME`.
+
+        Gives an envelope for each model, text that only that lab can open, with `accept`. Raises: BadKeyError; LockedModelError: no model
+        of the name is encrypted.
+        """
+        return described(_Envelopes, await self.client.allow(peer, scopes)).envelopes
+
+    async def disallow(self, peer: str, scopes: Sequence[str]) -> Revoked:
+        """Take encrypted models from a lab: what is published from now on has a new key. What it has, it keeps."""
+        return described(Revoked, await self.client.revoke_decrypt(peer, scopes))
+
+    async def accept(self, envelope: str) -> str:
+        """Keep the model keys in an envelope that another lab made for this one; gives `publisher~name` of what can be opened now.
+
+        Raises: BadEnvelopeError.
+        """
+        accepted = described(_Accepted, await self.client.accept(envelope))
+        self._known.clear()
+        return f"{accepted.publisher}~{accepted.name}"
+
+    async def rotate(self) -> str:
+        """Replace the cluster key, which protects the keys of all encrypted models; gives the new one's id. Back its file up."""
+        return described(_Rotated, await self.client.rotate()).cluster_key
+
     async def aclose(self) -> None:
         """Close the connections."""
         if self._client is not None:
             await self._client.aclose()
+
+    async def _files(self, version: Version) -> list[StoredFile]:
+        answer = await self._manifest(version)
+        return stored_files(answer["manifest"], str(version) if is_encrypted(answer, version.digest) else None)
 
     async def _manifest(self, version: Version) -> dict[str, Any]:
         answer = await self.client.manifest(version.name, version.version)
@@ -259,12 +351,29 @@ class _Published(msgspec.Struct, frozen=True):
     version: int
 
 
+class _Envelopes(msgspec.Struct, frozen=True):
+    envelopes: dict[str, str]
+
+
+class _Accepted(msgspec.Struct, frozen=True):
+    publisher: str
+    name: str
+
+
+class _Rotated(msgspec.Struct, frozen=True):
+    cluster_key: str
+
+
 def _key(name: str, version: int | None) -> str:
     return name if version is None else f"{name}:{version}"
 
 
 def _url_name(ref: ModelRef) -> str:
     return f"{ref.publisher}~{ref.name}" if ref.publisher else ref.name
+
+
+def _within(name: str, version: int | str) -> ModelRef:
+    return ModelRef.parse(f"{name}@{version}" if isinstance(version, str) else f"{name}:{version}")
 
 
 def _single(outputs: Tensors) -> Array | Tensors:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
-from tether.errors import BadNameError, StoreError, UnknownModelError
+from tether.errors import BadNameError, LockedModelError, StoreError, UnknownModelError, UnknownVersionError
 from tether.events import CatalogModel
+from tether.manager.grants import Grants
+from tether.manager.hierarchies import Hierarchies
 from tether.manager.publishing import EXAMPLE, Publisher
 from tether.security.identity import Identity
 from tether.store import FILES, ModelRecord, Published, Repository, VersionRecord
+from tether.store.diff import diff
+from tether.store.held import Held
 from tether.types import Digest, ModelInfo, ModelRef, ModelVersion, model_name
 
 __all__ = ["Operations"]
+
+
+class _Facts(NamedTuple):
+    """What is told of a version without its files."""
+
+    info: ModelInfo
+    example: bool
+    encrypted: bool
 
 
 class Operations:
@@ -31,28 +45,62 @@ class Operations:
         "models",
         "model",
         "manifest",
+        "signed_manifest",
+        "model_key",
         "set_alias",
         "delete_alias",
         "rollback",
         "delete_version",
         "verify",
+        "diff",
+        "repair",
+        "gc",
+        "forget_store",
+        "read_zarr",
         "trust",
+        "allow",
+        "revoke_decrypt",
+        "accept",
+        "rotate",
     )
 
     def __init__(self, repository: Repository, identity: Identity, workspace: Path) -> None:
         shutil.rmtree(workspace, ignore_errors=True)
         workspace.mkdir(mode=0o700, parents=True)
         self._repository = repository
+        self._identity = identity
         self._publisher = Publisher(repository, identity, workspace)
-        self._known: dict[Digest, tuple[ModelInfo, bool]] = {}
+        self._hierarchies = Hierarchies(repository)
+        self._grants = Grants(repository, identity)
+        self._known: dict[Digest, _Facts] = {}
         """What the manifests say, read once: a digest never changes what it means."""
 
-    async def put_blob(self, digest: str, data: bytes) -> dict[str, Any]:
-        await asyncio.to_thread(self._repository.put_blob, Digest(digest), bytes(data))
+    @property
+    def repository(self) -> Repository:
+        return self._repository
+
+    @property
+    def public(self) -> str:
+        """The key of the lab."""
+        return self._identity.public
+
+    def become(self, identity: Identity) -> None:
+        """Be another lab's from now on: this store, where this one never published, follows one of that lab."""
+        self._repository.set_own(identity.public)
+        self._identity, self._publisher = identity, replace(self._publisher, identity=identity)
+        self._grants = Grants(self._repository, identity)
+
+    async def put_blob(self, digest: str, data: bytes, encrypt: str | None = None) -> dict[str, Any]:
+        if encrypt is None:
+            await asyncio.to_thread(self._repository.put_blob, Digest(digest), bytes(data))
+        else:
+            await asyncio.to_thread(self._publisher.sealing.put_blob, encrypt, Digest(digest), bytes(data))
         return {"digest": digest, "nbytes": len(data)}
 
-    async def get_blob(self, digest: str) -> bytes:
-        return await asyncio.to_thread(self._repository.read_blob, Digest(digest))
+    async def get_blob(self, digest: str, version: str | None = None) -> bytes:
+        if version is None:
+            return await asyncio.to_thread(self._repository.read_blob, Digest(digest))
+        return await asyncio.to_thread(self._hierarchies.blob, version, Digest(digest))
 
     async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
         published, record = await self._publisher.publish(model_name(name), draft)
@@ -66,6 +114,14 @@ class Operations:
 
     async def manifest(self, name: str, version: int) -> dict[str, Any]:
         return await asyncio.to_thread(self._manifest, name, version)
+
+    async def signed_manifest(self, digest: str) -> dict[str, Any]:
+        return await asyncio.to_thread(self._signed_manifest, Digest(digest))
+
+    async def model_key(self, digest: str) -> dict[str, Any] | None:
+        """For workers of this cluster on other hosts, never for HTTP: what opens a version; None: it is not encrypted."""
+        found = await asyncio.to_thread(self._repository.key_of, Digest(digest))
+        return None if found is None else {"key": found[0].secret.hex(), "publisher": found[1].publisher, "name": found[1].name}
 
     async def set_alias(self, name: str, alias: str, version: int) -> dict[str, Any]:
         change = await asyncio.to_thread(self._repository.set_alias, name, alias, version)
@@ -89,6 +145,25 @@ class Operations:
         problems = [{"path": each.path, "digest": each.digest, "code": each.code, "error": each.message} for each in report.problems]
         return {"ok": not problems, "checked": report.checked, "nbytes": report.nbytes, "problems": problems}
 
+    async def diff(self, name: str, before: int, after: int) -> dict[str, Any]:
+        return await asyncio.to_thread(self._diff, name, before, after)
+
+    async def read_zarr(self, ref: str, path: str, start: int | None, nbytes: int) -> dict[str, Any]:
+        return await asyncio.to_thread(self._hierarchies.read, ref, path, start, nbytes)
+
+    async def repair(self, name: str, version: int | None) -> dict[str, Any]:
+        ref = ModelRef.parse(name if version is None else f"{name}:{version}")
+        report = await asyncio.to_thread(self._repository.repair, self._repository.staged_blob, ref)
+        return {"found": list(report.found), "repaired": list(report.repaired), "failed": list(report.failed)}
+
+    async def gc(self, *, dry_run: bool, grace: float | None) -> dict[str, Any]:
+        report = await asyncio.to_thread(self._repository.gc, dry_run=dry_run, **({} if grace is None else {"grace": grace}))
+        freed = {"freed_nbytes": report.freed_nbytes, "later_nbytes": report.later_nbytes}
+        return {"dry_run": report.dry_run, **freed, "lines": report.lines()}
+
+    async def forget_store(self, store: str) -> dict[str, Any]:
+        return {"store": store, "was": await asyncio.to_thread(self._repository.forget_store, store)}
+
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
         if set(scopes) - {"code"}:
             raise BadNameError(f"unknown scope among {', '.join(scopes)}; the one scope is: code")
@@ -97,9 +172,21 @@ class Operations:
         await asyncio.to_thread(self._repository.trust, publisher, scopes)
         return {"publisher": publisher, "scopes": list(scopes)}
 
+    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
+        return await asyncio.to_thread(self._grants.allow, peer, scopes)
+
+    async def revoke_decrypt(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
+        return await asyncio.to_thread(self._grants.revoke, peer, scopes)
+
+    async def accept(self, envelope: str) -> dict[str, Any]:
+        return await asyncio.to_thread(self._grants.accept, envelope)
+
+    async def rotate(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self._grants.rotate)
+
     def _published(self, published: Published, record: VersionRecord) -> dict[str, Any]:
-        info, _ = self._info(record.digest)
-        return self._version(record) | {"name": record.name, "created": published.created, "info": msgspec.to_builtins(info)}
+        info = msgspec.to_builtins(self._facts(record.digest).info)
+        return self._version(record) | {"name": record.name, "created": published.created, "info": info}
 
     def _models(self) -> list[dict[str, Any]]:
         return [self._model(record) for record in self._repository.models()]
@@ -111,14 +198,34 @@ class Operations:
             raise UnknownModelError(f"{name} was deleted just now; list the models to see which are there")
         described = self._model(record)
         for version in described["versions"]:
-            info, example = self._info(Digest(version["digest"]))
-            version |= {"info": msgspec.to_builtins(info), "example": example}
+            facts = self._facts(Digest(version["digest"]))
+            version |= {"info": msgspec.to_builtins(facts.info), "example": facts.example}
         return described
 
     def _manifest(self, name: str, version: int) -> dict[str, Any]:
         record = self._resolve(name, version)
-        manifest = self._repository.manifest(record.digest)
-        return {"version": record.version, "digest": record.digest, "manifest": msgspec.to_builtins(manifest)}
+        manifest, public = self._repository.manifest(record.digest), self._repository.public_manifest(record.digest)
+        answer = {"version": record.version, "digest": record.digest, "manifest": msgspec.to_builtins(manifest)}
+        return answer if public.encryption is None else answer | {"public": msgspec.to_builtins(public)}
+
+    def _diff(self, name: str, before: int, after: int) -> dict[str, Any]:
+        old, new = (self._repository.manifest(self._resolve(name, version).digest) for version in (before, after))
+        found = diff(old, new, self._repository.read_array)
+        return {"name": name, "before": before, "after": after, **msgspec.to_builtins(found)}
+
+    def _signed_manifest(self, digest: Digest) -> dict[str, Any]:
+        held = Held(self._repository)
+        record = held.record(digest)
+        if record is None:
+            raise UnknownVersionError(f"no version here has the digest {digest[:64]}; it may have been deleted")
+        signed = held.signed(record)
+        return {
+            "name": record.name,
+            "publisher": signed.publisher,
+            "manifest": base64.b64encode(signed.data).decode(),
+            "signature": signed.signature.hex(),
+            "code_trusted": self._repository.trusted(record.publisher, "code"),
+        }
 
     def change_count(self) -> int:
         """Grows with each change of the catalog. It waits for a transaction that goes on: in a thread, then, as `catalog`."""
@@ -132,7 +239,7 @@ class Operations:
         versions: dict[int, tuple[ModelVersion, ModelInfo]] = {}
         for version in record.versions:
             try:
-                info, _ = self._info(version.digest)
+                info = self._facts(version.digest).info
             except StoreError:
                 continue
             versions[version.version] = (ModelVersion(record.name, version.version, version.digest), info)
@@ -141,12 +248,17 @@ class Operations:
     def _resolve(self, name: str, version: int) -> VersionRecord:
         return self._repository.resolve(ModelRef.parse(f"{name}:{version}"))
 
-    def _info(self, digest: Digest) -> tuple[ModelInfo, bool]:
+    def _facts(self, digest: Digest) -> _Facts:
         known = self._known.get(digest)
         if known is None:
-            manifest = self._repository.manifest(digest)
+            public = self._repository.public_manifest(digest)
+            encrypted = public.encryption is not None
+            try:
+                manifest = self._repository.manifest(digest) if encrypted else public
+            except LockedModelError:  # what its publisher shows to all; whoever loads it is told what is lacking
+                return _Facts(public.info, example=False, encrypted=True)
             example = any(array.path == f"{FILES}/{EXAMPLE}" for array in manifest.arrays)
-            known = self._known[digest] = (manifest.info, example)
+            known = self._known[digest] = _Facts(manifest.info, example, encrypted)
         return known
 
     def _model(self, record: ModelRecord) -> dict[str, Any]:
@@ -160,15 +272,18 @@ class Operations:
         }
 
     def _version(self, record: VersionRecord) -> dict[str, Any]:
+        framework, encrypted = None, False
         try:
-            framework = self._info(record.digest)[0].framework
+            facts = self._facts(record.digest)
+            framework, encrypted = facts.info.framework, facts.encrypted
         except StoreError:
-            framework = None
+            pass
         return {
             "version": record.version,
             "digest": record.digest,
             "created": record.created,
             "nbytes": record.nbytes,
             "framework": framework,
+            "encrypted": encrypted,
             "tags": record.tags,
         }

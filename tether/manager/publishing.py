@@ -5,23 +5,40 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import os
 import shutil
+import stat
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from tether.errors import BadInputError, MalformedManifestError, MalformedRequestError, MissingBlobsError, UntrustedCodeError
-from tether.runtimes.inspecting import Inspection, inspect_in_sandbox
+from tether.errors import (
+    BadInputError,
+    ConflictError,
+    HostileModelError,
+    MalformedManifestError,
+    MalformedRequestError,
+    MissingBlobsError,
+    NoSpaceError,
+    UntrustedCodeError,
+)
+from tether.runtimes.inspecting import Inspection, inspect_in_sandbox, limits_for
 from tether.security.identity import Identity
+from tether.security.volatile import VolatileFolder
 from tether.store import FILES, HIDDEN, ArrayEntry, Manifest, Published, Repository, Segment, VersionRecord, decode, encode, signed_message
 from tether.store.disk import disk_errors
-from tether.types import ModelInfo, ModelRef
+from tether.store.layout import CONVERTED, Piece, cut
+from tether.store.sealing import Intake, PlainIntake, Sealing
+from tether.store.weights import tensor_arrays
+from tether.types import ModelInfo, ModelRef, StoredTensor
 from tether.wire.npz import to_npz
 
 __all__ = ["EXAMPLE", "EXPECTED", "Draft", "Publisher", "SignedManifest", "parse_draft"]
@@ -33,6 +50,9 @@ EXAMPLE = f"{HIDDEN}/example.npz"
 """Where a version keeps its example inputs, named and cast as the model takes them: one example is one digest however it was given."""
 EXPECTED = f"{HIDDEN}/expected.npz"
 """Where it keeps what the model answered to them at publish."""
+
+_GIVEN = (EXAMPLE, f"{HIDDEN}/signature.json")
+"""What a draft may say of its model beside the model's own files."""
 
 
 class _File(msgspec.Struct):
@@ -49,6 +69,8 @@ class Draft(msgspec.Struct, kw_only=True):
     framework: str | None = None
     aliases: tuple[str, ...] = ()
     tags: dict[str, str] = {}
+    encrypt: bool | None = None
+    """Whether it is to be encrypted; its blobs are sent to be so, then. None: no, and refused for a model that was encrypted before."""
 
 
 class SignedManifest(msgspec.Struct, kw_only=True):
@@ -64,16 +86,22 @@ class SignedManifest(msgspec.Struct, kw_only=True):
 
 
 def parse_draft(body: Mapping[str, Any]) -> Draft | SignedManifest:
-    """Raises: MalformedRequestError: a field is missing or of the wrong type; UnknownFrameworkError through the runtimes later."""
+    """Raises: MalformedRequestError: a field is missing or of the wrong type, or a file is not the sender's to give."""
     try:
         if "manifest" in body:
             return msgspec.convert(body, SignedManifest)
-        return msgspec.convert(body, Draft)
+        draft = msgspec.convert(body, Draft)
     except msgspec.ValidationError as error:
         raise MalformedRequestError(f"publish: {error}; see /docs for the fields") from None
+    for file in draft.files:
+        if file.path.startswith(f"{HIDDEN}/") and file.path not in _GIVEN:
+            raise MalformedRequestError(
+                f"publish: the file {file.path[:200]!r} would be Tether's own; of {HIDDEN}/ send {' and '.join(_GIVEN)} only"
+            )
+    return draft
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Publisher:
     """Publishes into one repository as one identity."""
 
@@ -90,9 +118,26 @@ class Publisher:
         if isinstance(draft, SignedManifest):
             return await self._in_thread(self._adopt, name, draft)
         arrays = [ArrayEntry(f"{FILES}/{file.path}", "uint8", (file.nbytes,), file.segments) for file in draft.files]
-        await self._in_thread(self._check_present, arrays)
-        manifest = await self._inspected(draft, arrays)
-        return await self._in_thread(self._commit, name, draft, manifest)
+        intake = await self._in_thread(self._intake, name, draft.encrypt)
+        await self._in_thread(_check_present, intake, arrays)
+        manifest = await self._inspected(intake, draft, arrays)
+        return await self._in_thread(self._commit, name, draft, intake, manifest)
+
+    @cached_property
+    def sealing(self) -> Sealing:
+        """Where blobs of encrypted models go."""
+        return Sealing(self.repository, self.identity.public)
+
+    def _intake(self, name: str, encrypt: bool | None) -> Intake:
+        """Raises: ConflictError: it has to be said that a version of an encrypted model is to be plain."""
+        if encrypt:
+            return self.sealing.intake(name)
+        if encrypt is None and self.sealing.is_used(name):
+            raise ConflictError(
+                f"{name} is encrypted: publish this version with encrypt=True (`--encrypt`); "
+                "if it may be stored for all to read, say so with encrypt=False (`--no-encrypt`)"
+            )
+        return PlainIntake(self.repository)
 
     async def _in_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """As `asyncio.to_thread`, but one who is cancelled leaves when the thread is done: it must not write into a folder that is gone."""
@@ -103,32 +148,52 @@ class Publisher:
             await asyncio.gather(work, return_exceptions=True)
             raise
 
-    def _commit(self, name: str, draft: Draft, manifest: Manifest) -> tuple[Published, VersionRecord]:
-        data = encode(manifest)
+    def _commit(self, name: str, draft: Draft, intake: Intake, manifest: Manifest) -> tuple[Published, VersionRecord]:
+        data = intake.finished(manifest)
         signature = self.identity.sign(signed_message(data))
         published = self.repository.publish(name, data, self.identity.public, signature, alias=draft.aliases, tags=draft.tags)
+        intake.settle()
         return published, self._record(name, published, self.identity.public)
 
     def _record(self, name: str, published: Published, publisher: str) -> VersionRecord:
         return self.repository.resolve(ModelRef(name, version=published.version), publisher)
 
-    def _check_present(self, arrays: list[ArrayEntry]) -> None:
-        missing = self.repository.missing(segment.digest for array in arrays for segment in array.segments)
-        if missing:
-            raise MissingBlobsError(f"{len(missing)} blobs are not here yet; PUT /tether/v1/blobs/<digest>, then send this again", missing)
-
-    async def _inspected(self, draft: Draft, arrays: list[ArrayEntry]) -> Manifest:
+    async def _inspected(self, intake: Intake, draft: Draft, arrays: list[ArrayEntry]) -> Manifest:
         """Put the files together outside of the cache, look at them in the sandbox, keep what the model answered to its example."""
-        async with self._folder() as root:
-            await self._in_thread(self._assemble_all, draft, arrays, root)
-            example = root / EXAMPLE
-            found = await inspect_in_sandbox(root / draft.entry, draft.framework, example=example if example.exists() else None)
-        examples = await self._in_thread(self._add_examples, found)
-        return _manifest(draft, [array for array in arrays if array.path != f"{FILES}/{EXAMPLE}"] + examples, found.info)
+        async with self._folder(in_memory=bool(draft.encrypt)) as root:
+            # the rules of a manifest's paths hold before a byte is written
+            decode(encode(_manifest(draft, arrays, _NOTHING_KNOWN)))
+            await self._in_thread(_assemble, intake, arrays, root)
+            example, entry = root / EXAMPLE, root / draft.entry
+            limits = limits_for(entry)
+            found = await inspect_in_sandbox(
+                entry,
+                draft.framework,
+                example=example if example.exists() else None,
+                converted=root / CONVERTED,
+                limits=replace(limits, scratch=str(root.parent)) if draft.encrypt else limits,
+            )
+            files = [array for array in arrays if array.path != f"{FILES}/{EXAMPLE}"]
+            files = await self._in_thread(_cut_at_tensors, intake, files, _placed(found.tensors, draft.entry), root)
+        files += await self._in_thread(_add_examples, intake, found)
+        return _manifest(draft, files + tensor_arrays(files, _placed(found.tensors, draft.entry)), found.info)
 
     @asynccontextmanager
-    async def _folder(self) -> AsyncIterator[Path]:
-        """A folder of the workspace; gone afterwards. Raises: NoSpaceError, StoreError: the disk refuses what is done with it."""
+    async def _folder(self, *, in_memory: bool) -> AsyncIterator[Path]:
+        """A folder of the workspace, or in memory, for what no disk may see; gone afterwards.
+
+        Raises: NoSpaceError, StoreError: the disk refuses what is done with it; ConfigError: there is no tmpfs.
+        """
+        if in_memory:
+            folder = await self._in_thread(VolatileFolder.create, "publish")
+            try:
+                with folder.errors():
+                    root = folder.path / "model"  # beside it the sandbox has its scratch folder
+                    root.mkdir()
+                    yield root
+            finally:
+                await self._in_thread(folder.close)
+            return
         with disk_errors(self.workspace):
             root = Path(tempfile.mkdtemp(dir=self.workspace))
         try:
@@ -136,24 +201,6 @@ class Publisher:
                 yield root
         finally:
             await self._in_thread(shutil.rmtree, root, ignore_errors=True)
-
-    def _assemble_all(self, draft: Draft, arrays: list[ArrayEntry], root: Path) -> None:
-        # the rules of a manifest's paths hold before a byte is written
-        decode(encode(_manifest(draft, arrays, _NOTHING_KNOWN)))
-        for array in arrays:
-            self._assemble(array, root)
-
-    def _add_examples(self, found: Inspection) -> list[ArrayEntry]:
-        examples = ((EXAMPLE, found.example_inputs), (EXPECTED, found.example_outputs))
-        return [self.repository.add_bytes(name, to_npz(tensors)) for name, tensors in examples if tensors is not None]
-
-    def _assemble(self, array: ArrayEntry, root: Path) -> None:
-        target = root / array.path.removeprefix(f"{FILES}/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
-            for segment in array.segments:
-                data = self.repository.read_draft_blob(segment.digest)
-                file.write(data[segment.offset : segment.offset + segment.nbytes])
 
     def _adopt(self, name: str, signed: SignedManifest) -> tuple[Published, VersionRecord]:
         """A version of another lab: as it was signed, byte for byte; code formats only from publishers trusted for code."""
@@ -171,7 +218,66 @@ class Publisher:
         return published, self._record(name, published, signed.publisher)
 
 
+def _check_present(intake: Intake, arrays: list[ArrayEntry]) -> None:
+    missing = intake.missing(segment.digest for array in arrays for segment in array.segments)
+    if missing:
+        intake.plan(arrays)
+        raise MissingBlobsError(f"{len(missing)} blobs are not here yet; PUT /tether/v1/blobs/<digest>, then send this again", missing)
+
+
+def _assemble(intake: Intake, arrays: list[ArrayEntry], root: Path) -> None:
+    nbytes, free = sum(array.nbytes for array in arrays), shutil.disk_usage(root).free
+    if nbytes > free:  # a draft of a few blobs, each named a thousand times, is terabytes; nothing of it is written
+        raise NoSpaceError(f"to be looked at, the model's files need {nbytes} bytes; {free} are free where the manager keeps its data")
+    for array in arrays:
+        target = root / array.path.removeprefix(f"{FILES}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            for segment in array.segments:
+                data = memoryview(intake.read(segment.digest))
+                file.write(data[segment.offset : segment.offset + segment.nbytes])
+
+
+def _cut_at_tensors(intake: Intake, files: list[ArrayEntry], tensors: Sequence[StoredTensor], root: Path) -> list[ArrayEntry]:
+    """The files with the blobs that our own rule gives, however the client cut them: so one content has one digest."""
+    ranges = defaultdict(list)
+    for tensor in tensors:
+        ranges[tensor.file].append(Piece(tensor.offset, tensor.nbytes))
+    if os.path.lexists(root / CONVERTED):
+        _check_own(root, CONVERTED)
+        files = [*files, ArrayEntry(f"{FILES}/{CONVERTED}", "uint8", ((root / CONVERTED).stat().st_size,), ())]
+    return [_cut_again(intake, file, ranges[file.path.removeprefix(f"{FILES}/")], root) for file in files]
+
+
+def _cut_again(intake: Intake, file: ArrayEntry, ranges: list[Piece], root: Path) -> ArrayEntry:
+    sizes = [piece.nbytes for piece in cut(file.nbytes, ranges)]
+    if sizes == [segment.nbytes for segment in file.segments] and not any(segment.offset for segment in file.segments):
+        return file
+    name = file.path.removeprefix(f"{FILES}/")
+    _check_own(root, name)
+    return intake.add_file(root / name, name, ranges)
+
+
+def _check_own(root: Path, name: str) -> None:
+    """Code of a model ran in this folder: it may have put a link where a file was. Raises: HostileModelError: it did."""
+    path = root / name
+    if path.resolve() != root.resolve() / name or not stat.S_ISREG(path.stat().st_mode) or path.stat().st_nlink > 1:
+        raise HostileModelError(f"the model put something else in the place of {name[:200]!r} while it was looked at")
+
+
+def _add_examples(intake: Intake, found: Inspection) -> list[ArrayEntry]:
+    examples = ((EXAMPLE, found.example_inputs), (EXPECTED, found.example_outputs))
+    return [intake.add_bytes(name, to_npz(tensors)) for name, tensors in examples if tensors is not None]
+
+
 _NOTHING_KNOWN = ModelInfo("onnx", "onnx", (), (), batched=False, pure=False, code=False)
+
+
+def _placed(tensors: Sequence[StoredTensor], entry: str) -> list[StoredTensor]:
+    """With their files relative to the version's folder: the sandbox saw the entry only."""
+    folder = entry.rpartition("/")[0] if entry else ""
+    prefix = f"{folder}/" if folder else ""
+    return [msgspec.structs.replace(each, file=each.file if each.file == CONVERTED else prefix + each.file) for each in tensors]
 
 
 def _manifest(draft: Draft, arrays: list[ArrayEntry], info: ModelInfo) -> Manifest:

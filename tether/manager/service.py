@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 import dask.config
-import msgspec
 import structlog
 from distributed import Security
-from distributed.comm import CommClosedError
-from distributed.core import Server, connect
+from distributed.comm import Comm, CommClosedError
+from distributed.core import Server, Status, connect, rpc
 
 from tether.config import HOUSEKEEPING, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder
-from tether.errors import InternalError, TetherError
+from tether.errors import (
+    ChunkAlteredError,
+    ChunkMissingError,
+    InternalError,
+    NotFoundError,
+    NotWriterError,
+    ServiceUnavailableError,
+    TetherError,
+    from_code,
+)
+from tether.manager import secrets
+from tether.manager.following import Follower
+from tether.manager.membership import Membership, Signal
 from tether.manager.operations import Operations
+from tether.manager.scrubbing import Scrubber
+from tether.manager.tenure import Tenure
 from tether.security.identity import Identity
 from tether.security.tls import ensure_tls
+from tether.security.volatile import sweep
 from tether.store import Repository
 from tether.telemetry.service import Life, run_service
 
@@ -29,73 +44,148 @@ __all__ = ["main"]
 
 log = structlog.get_logger("tether.manager")
 _RECONNECT = 0.2
-_WATCH = 0.5
-"""Seconds between looks at the catalog's change count, for changes that did not come through this process."""
+_CONNECT = 2.0
+"""Seconds."""
+_ANSWER = 20.0
+"""Seconds for one operation of another manager: a blob of 4 MiB over 2 Mbit/s."""
+_READING = frozenset({"get_blob", "models", "model", "manifest", "signed_manifest", "model_key", "verify", "diff", "read_zarr"})
+"""Operations that change nothing: any manager answers them, and at once."""
+_STAGING = "put_blob"
+"""Changes what is staged, which no follower has: it is not waited for, and sent again to another writer."""
+
+
+class _Link:
+    """The operations of another manager. Belongs to the event loop that uses it first."""
+
+    def __init__(self, address: str, arguments: dict[str, Any]) -> None:
+        self._address, self._arguments = address, arguments
+        self._rpc: rpc | None = None
+
+    async def ask(self, operation: str, **arguments: Any) -> Any:
+        """Raises: ServiceUnavailableError; what it answers as an error of the tree."""
+        if self._rpc is None:
+            self._rpc = rpc(self._address, timeout=_CONNECT, connection_args=self._arguments)
+        try:
+            async with asyncio.timeout(_ANSWER):
+                answer = await getattr(self._rpc, f"tether_{operation}")(**arguments)
+        except (OSError, TimeoutError) as error:
+            raise ServiceUnavailableError(f"the manager at {self._address} does not answer ({error}); it is asked again") from error
+        if "error" in answer:
+            code, *args = answer["error"]
+            raise from_code(code, *args)
+        return answer["answer"]
+
+    async def close(self) -> None:
+        """Drop the connections; a second call does nothing."""
+        old, self._rpc = self._rpc, None
+        if old is not None:
+            await old.close_rpc()
 
 
 class _Manager(Server):  # type: ignore[misc]  # distributed is untyped
-    """Serves `Operations` to gateways and tells the orchestrator of every change."""
+    """Serves `Operations` to gateways, and is one of its cluster's managers."""
 
-    def __init__(self, operations: Operations, orchestrator: str, security: Security) -> None:
-        handlers = {f"tether_{name}": self.answering(getattr(operations, name)) for name in Operations.NAMES}
+    def __init__(self, operations: Operations, orchestrator: str, security: Security, *, forced: bool = False) -> None:
+        """`forced`: whether it is to write though nobody can tell that it has all."""
+        handlers = {f"tether_{name}": self.answering(name, getattr(operations, name)) for name in Operations.NAMES}
+        handlers |= {"tether_feed": self._feed, "tether_secrets": self.answering("get_blob", self._secrets)}
         super().__init__(handlers, connection_args=security.get_connection_args("worker"))
-        self._operations, self._orchestrator, self._security = operations, orchestrator, security
-        self._change = asyncio.Event()
+        self._operations, self._orchestrator, self._forced = operations, orchestrator, forced
+        self._arguments = security.get_connection_args("worker")
+        self._signal = Signal()
+        self._membership: Membership | None = None
 
     async def follow(self) -> None:
-        """Keep the orchestrator told; connect again whenever it comes back. Raises: what is no lost connection: the process should end."""
-        while True:
-            try:
-                await self._tell()
-            except TetherError:  # StoreError is an OSError too: the catalog can't be read, connecting again won't mend it
-                raise
-            except (OSError, CommClosedError) as error:
-                log.info("orchestrator away", error=str(error))
-            await asyncio.sleep(_RECONNECT)
+        """Be a member of the cluster; connect to the orchestrator again whenever it comes back.
 
-    async def _tell(self) -> None:
-        comm = await connect(self._orchestrator, timeout=2.0, **self._security.get_connection_args("worker"))
-        closed = asyncio.ensure_future(comm.read())  # the orchestrator never writes here: this ends when it goes away
+        Raises: what is no lost connection: the process should end.
+        """
+        membership = self._membership = await self._enter()
         try:
-            told = await asyncio.to_thread(self._catalog)
-            await comm.write({"op": "tether_manager", "address": self.address, "reply": False} | told)
-            while not closed.done():
-                await self._next_change(closed)
-                if await asyncio.to_thread(self._operations.change_count) != told["count"]:
-                    told = await asyncio.to_thread(self._catalog)
-                    await comm.write(told)
+            while True:
+                try:
+                    await self._converse(membership)
+                except TetherError:  # StoreError is an OSError too: the catalog can't be read, connecting again won't mend it
+                    raise
+                except (OSError, CommClosedError) as error:
+                    log.info("orchestrator away", error=str(error))
+                await asyncio.sleep(_RECONNECT)
+        finally:
+            await membership.aclose()
+
+    async def _enter(self) -> Membership:
+        repository = self._operations.repository
+        footing = await asyncio.to_thread(repository.footing)
+        # In the orchestrator's own data folder a store that is new took the place of one that somebody removed.
+        forced = self._forced or (footing.term == 0 and DataFolder(repository.root.parent).lease.exists())
+        tenure = Tenure(footing.member, self.address, term=footing.term, wrote=footing.wrote, forced=forced)
+        follower = Follower(repository, self._keys, self._operations, self._connect, lambda address: _Link(address, self._arguments))
+        return Membership(repository, tenure, follower, self._operations.catalog, self._signal)
+
+    @property
+    def _keys(self) -> Path:
+        return self._operations.repository.root.parent / "keys"
+
+    async def _connect(self, address: str) -> Any:
+        return await connect(address, timeout=_CONNECT, **self._arguments)
+
+    async def _converse(self, membership: Membership) -> None:
+        comm = await self._connect(self._orchestrator)
+        try:
+            await membership.converse(comm)
         finally:
             comm.abort()
-            await asyncio.gather(closed, return_exceptions=True)
 
-    async def _next_change(self, closed: asyncio.Future[Any]) -> None:
-        """A change through this process, or the time to look for others, or the end of the connection."""
-        change = asyncio.ensure_future(self._change.wait())
-        await asyncio.wait([change, closed], timeout=_WATCH, return_when=asyncio.FIRST_COMPLETED)
-        change.cancel()
-        self._change.clear()
+    async def _feed(self, comm: Comm, member: str) -> Status:
+        """A stream for a follower: the catalog now and after each change."""
+        try:
+            if self._membership is not None:
+                await self._membership.feed(comm, member, self._operations.public)
+        except CommClosedError:
+            pass
+        finally:
+            comm.abort()
+        return Status.dont_reply
 
-    def _catalog(self) -> dict[str, Any]:
-        """At least as new as its count, which is read first."""
-        count = self._operations.change_count()
-        return {"count": count, "catalog": msgspec.msgpack.encode(self._operations.catalog())}
+    async def _secrets(self) -> dict[str, object]:
+        """What another manager of this lab needs to write in its name."""
+        return await asyncio.to_thread(secrets.collect, self._keys)
 
-    def answering(self, operation: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[dict[str, Any]]]:
-        """A handler: the answer and the change count after it, or the error; wakes the stream to the orchestrator."""
+    def answering(self, name: str, operation: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[dict[str, Any]]]:
+        """A handler: the answer and the change count after it, or the error. A change is answered when it can be answered for."""
 
         async def handle(**arguments: Any) -> dict[str, Any]:
             try:
-                answer = await operation(**arguments)
+                if name in _READING:
+                    answer = await self._read(operation, arguments)
+                else:
+                    answer = await self._changed(name, operation, arguments)
                 return {"answer": answer, "change": await asyncio.to_thread(self._operations.change_count)}
             except TetherError as error:
                 return {"error": [error.code, *error.args]}
             except Exception as error:
                 log.exception("operation failed")
                 return {"error": [InternalError.code, f"{type(error).__name__} in the manager; its log has the traceback"]}
-            finally:
-                self._change.set()
 
         return handle
+
+    async def _read(self, operation: Callable[..., Awaitable[Any]], arguments: dict[str, Any]) -> Any:
+        """What a follower does not have, or has damaged, the writer may have."""
+        try:
+            return await operation(**arguments)
+        except (NotFoundError, ChunkMissingError, ChunkAlteredError):
+            if self._membership is not None:
+                self._membership.check()
+            raise
+
+    async def _changed(self, name: str, operation: Callable[..., Awaitable[Any]], arguments: dict[str, Any]) -> Any:
+        if self._membership is None:
+            raise NotWriterError("this manager is starting, nothing was done: call again")
+        if name == _STAGING:
+            self._membership.check()
+            return await operation(**arguments)
+        async with self._membership.changing():
+            return await operation(**arguments)
 
 
 @click.command("manager")
@@ -103,21 +193,26 @@ class _Manager(Server):  # type: ignore[misc]  # distributed is untyped
 @click.option("--data", type=click.Path(file_okay=False), help="Data folder of the lab.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=MANAGER_PORT, show_default=True)
-def _command(orchestrator: str, data: str | None, host: str, port: int) -> None:
-    """Run the model manager: store, catalog, publishing."""
+@click.option("--take-over", is_flag=True, help="Write, though this store may lack something: the manager that wrote is gone for good.")
+def _command(orchestrator: str, data: str | None, host: str, port: int, take_over: bool) -> None:
+    """Run the model manager: store, catalog, publishing. A second one, with a data folder of its own, follows the first and takes over."""
     folder = DataFolder.locate(data).create()
     security = Security(**ensure_tls(folder.tls, "manager").security())
 
     async def serve(life: Life) -> None:
+        await asyncio.to_thread(sweep)  # of what a killed manager left in memory
         identity = Identity.load_or_create(folder.identity)
         with Repository.open(folder.store, own=identity.public) as repository:
-            server = _Manager(Operations(repository, identity, folder.run / "publishing"), orchestrator, security)
+            server = _Manager(Operations(repository, identity, folder.run / "publishing"), orchestrator, security, forced=take_over)
             await server.listen(f"tls://{host}:{port}", **security.get_listen_args("worker"))
             following = asyncio.create_task(server.follow())
+            scrubber = Scrubber(repository, folder.run / "scrub.json")
+            scrubber.start()
             life.ready(address=server.address)
             try:
                 await _until(life.ended(), following)
             finally:
+                await asyncio.to_thread(scrubber.stop)
                 await server.close()
 
     with dask.config.set(HOUSEKEEPING | {"temporary-directory": str(folder.runtime)}):

@@ -1,7 +1,8 @@
 """Dask's side of the orchestrator; glue only: scheduler events in, instructions out.
 
-Handlers it adds to the scheduler: `tether_watch` (a gateway's stream of tables), `tether_want`, `tether_manager` (the manager's stream of
-catalogs), `tether_table`.  Messages carry msgpack bytes of our own types, never pickles of them.
+Handlers it adds to the scheduler: `tether_watch` (a gateway's stream of tables), `tether_want`, `tether_manager` (a manager's stream of
+claims to the writer's lease, and of the writer's catalogs), `tether_table`.  Messages carry msgpack bytes of our own types, never pickles
+of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tether.errors import InternalError
 from tether.events import (
     CatalogChanged,
     CatalogModel,
+    Claim,
     Event,
     LoadCut,
     Loaded,
@@ -32,6 +34,8 @@ from tether.events import (
     WorkerJoined,
     WorkerLeft,
 )
+from tether.orchestrator.lease import Lease, Record
+from tether.orchestrator.memory import Memory
 from tether.orchestrator.state import ControlState, Instruction, Load, Push, Unload
 from tether.types import ModelVersion, WorkerId
 
@@ -49,8 +53,14 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
     name = "tether-orchestrator"
     idempotent = True
 
-    def __init__(self, copies: int = 2) -> None:
+    def __init__(self, copies: int = 2, memory: Memory | None = None) -> None:
+        """`memory`: where the lease is remembered; None: there never was one."""
         self._state = ControlState(copies)
+        self._memory = memory
+        self._kept = memory.read() if memory else None
+        self._lease = Lease(self._kept, _boot_clock())
+        self._told: tuple[int, int, int] = (0, 0, 0)
+        """Connection, term and stream of who told the catalog last."""
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking = False
@@ -172,16 +182,58 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         found = entry.versions.get(wanted.version) if entry else None
         return {"state": found.state if found else "unloaded", "reason": found.reason if found else ""}
 
-    async def _follow_manager(self, comm: Comm, address: str, count: int, catalog: bytes) -> Status:
-        """Take in the manager's catalog, now and after every change, until it goes away."""
-        stream = next(self._streams)
+    async def _follow_manager(self, comm: Comm, claim: bytes, **first: Any) -> Status:
+        """Answer a manager's claims, and take in the catalog of the one that writes, until it goes away."""
+        connection, told = next(self._streams), Claim("", "")
+        message: dict[str, Any] = {"claim": claim} | first
         try:
             while True:
-                self._handle(CatalogChanged(address, count, msgspec.msgpack.decode(catalog, type=Catalog), stream))
+                told = msgspec.msgpack.decode(message["claim"], type=Claim)
+                if told.released:
+                    return Status.dont_reply
+                self._take_claim(told, connection)
+                if "catalog" in message:
+                    self._take_catalog(told, connection, message["count"], message["catalog"])
+                await comm.write({"standing": msgspec.msgpack.encode(self._lease.standing())})
                 message = await comm.read()
-                count, catalog = message["count"], message["catalog"]
         except CommClosedError:
             return Status.dont_reply
         finally:
-            self._handle(ManagerLeft(stream))
+            self._leave(told, connection)
             comm.abort()  # after a message that made no sense the manager connects again
+
+    def _take_claim(self, claim: Claim, connection: int) -> None:
+        before = self._lease.record
+        self._lease.claim(claim, connection, _boot_clock())
+        self._note_lease(before)
+
+    def _note_lease(self, before: Record) -> None:
+        """What was decided is remembered before anybody is told of it; who lost the lease is the manager no more."""
+        now = self._lease.record
+        if now != self._kept and self._memory is not None:
+            self._memory.write(now)
+            self._kept = now
+        if now.term != before.term:
+            log.info("a manager has the writer's lease", member=now.holder, term=now.term)
+            self._handle(ManagerLeft(self._told[2]))
+
+    def _take_catalog(self, claim: Claim, connection: int, count: int, catalog: bytes) -> None:
+        record = self._lease.record
+        if claim.member != record.holder or claim.holds != record.term:
+            return
+        if self._told[:2] != (connection, record.term):
+            self._told = connection, record.term, next(self._streams)
+        models = msgspec.msgpack.decode(catalog, type=Catalog)
+        self._handle(CatalogChanged(claim.address, count, models, self._told[2], record.term))
+
+    def _leave(self, claim: Claim, connection: int) -> None:
+        before = self._lease.record
+        self._lease.left(claim.member, connection, released=claim.released, now=_boot_clock())
+        self._note_lease(before)
+        if self._told[0] == connection:
+            self._handle(ManagerLeft(self._told[2]))
+
+
+def _boot_clock() -> float:
+    """Seconds that go on while the host sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 
+import dask.config
 from distributed import Scheduler
 
+from tether.config import DataFolder
+from tether.orchestrator.memory import Memory
 from tether.orchestrator.plugin import OrchestratorPlugin
 
 __all__ = ["dask_setup"]
@@ -17,13 +20,17 @@ _ADVICE = (
 )
 
 
-async def dask_setup(scheduler: Scheduler) -> None:
-    """Install the plugin. Exits with 2 when the scheduler would accept unencrypted peers."""
+async def dask_setup(scheduler: Scheduler, folder: DataFolder | None = None) -> None:
+    """Install the plugin; `folder`: of the orchestrator, found as always if it is not said.
+
+    Exits with 2 when the scheduler would accept unencrypted peers.
+    """
     security = scheduler.security
     listeners = [listener.contact_address for listener in scheduler.listeners] or [scheduler.protocol or "tcp://"]
     if not security.require_encryption or any(not address.startswith("tls") for address in listeners):
         sys.stderr.write(_ADVICE + "\n")
         raise SystemExit(2)
-    plugin = OrchestratorPlugin()
+    folder = folder or DataFolder.locate(dask.config.get("tether.data", None)).create()
+    plugin = OrchestratorPlugin(memory=Memory(folder.lease))
     await plugin.start(scheduler)
     scheduler.add_plugin(plugin)

@@ -35,7 +35,7 @@ def _command(data: str | None, host: str, port: int) -> None:
 
     async def serve(life: Life) -> None:
         async with _Scheduler(host=host, port=port, protocol="tls", security=security, dashboard=False) as scheduler:
-            await dask_setup(scheduler)
+            await dask_setup(scheduler, folder)
             life.ready(address=scheduler.address)
             await life.ended()
 

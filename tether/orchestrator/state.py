@@ -105,6 +105,7 @@ class ControlState:
         """Whether a manager has told of its catalog since the start."""
         self._manager: str | None = None
         self._stream = 0
+        self._term = 0
         self._wanted: set[ModelVersion] = set()
         self._reasons: dict[ModelVersion, str] = {}
         self._seq = 0
@@ -148,9 +149,9 @@ class ControlState:
                 assert_never(event)
 
     def _take_catalog(self, event: CatalogChanged) -> None:
-        if event.stream < self._stream:  # what was still under way from a manager that was replaced
+        if event.stream < self._stream or event.term < self._term:  # what was still under way from a manager that was replaced
             return
-        self._stream, self._manager, self._count = event.stream, event.manager, event.count
+        self._term, self._stream, self._manager, self._count = event.term, event.stream, event.manager, event.count
         self._catalog, self.informed = event.models, True
         published = self._published()
         self._wanted &= published

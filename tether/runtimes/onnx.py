@@ -11,7 +11,8 @@ import numpy as np
 
 from tether.errors import BadInputError, BadModelError
 from tether.runtimes import tensors
-from tether.runtimes.onnx_files import check_external_files, external_files
+from tether.runtimes.onnx_files import external_file, external_files
+from tether.runtimes.onnx_sessions import Opened, Prepacking, open_session, said
 from tether.types import Array, Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec
 
 __all__ = ["OnnxModel", "OnnxRuntime"]
@@ -34,8 +35,6 @@ _DATATYPES: dict[str, Datatype] = {
 }
 _ONNX_BFLOAT16 = 16
 """`TensorProto.BFLOAT16`."""
-_FATAL = 4
-"""ONNX Runtime's log severity: what it has to say of a model comes as an exception, its warnings would land in notebooks."""
 
 
 class OnnxRuntime:
@@ -49,7 +48,7 @@ class OnnxRuntime:
 
     def inspect(self, path: Path) -> ModelInfo:
         """Raises: BadModelError: not parsed, outputs that are no tensors, weights outside the folder."""
-        session = _session(_model_file(path), threads=1)
+        session = _open(path, threads=1).session
         inputs = tuple(map(_spec, session.get_inputs()))
         outputs = tuple(map(_spec, session.get_outputs()))
         if {"BF16", "BYTES"} <= {spec.datatype for spec in (*inputs, *outputs)}:
@@ -60,18 +59,22 @@ class OnnxRuntime:
         return ModelInfo("onnx", "onnx", inputs, outputs, batched=together, pure=True, code=False)
 
     def load(self, path: Path, info: ModelInfo, threads: int = 1) -> OnnxModel:
-        """Raises: BadModelError, MissingDependencyError."""
-        return OnnxModel(info, _session(_model_file(path), threads))
+        """The files have to stay as they are until it is closed: those of a large model are mapped.
+
+        Raises: BadModelError, MissingDependencyError.
+        """
+        return OnnxModel(info, *_open(path, threads))
 
 
 class OnnxModel:
-    """An inference session. `interrupt` may be called from another thread."""
+    """An inference session, and while that is not the prepacked one, what makes it. `interrupt` may be called from another thread."""
 
-    def __init__(self, info: ModelInfo, session: Any) -> None:
+    def __init__(self, info: ModelInfo, session: Any, prepacking: Prepacking | None = None) -> None:
         import onnxruntime  # heavy (0.2 s)
 
         self.info = info
         self._session = session
+        self._prepacking = prepacking
         self._outputs = [spec.name for spec in info.outputs]
         self._text = [spec.name for spec in info.inputs if spec.datatype == "BYTES"]
         self._by_value = any(spec.datatype == "BF16" for spec in (*info.inputs, *info.outputs))
@@ -82,6 +85,7 @@ class OnnxModel:
         """Raises: ModelFailedError; BadInputError: a shape that the graph can't take, a string that is not UTF-8."""
         for name in self._text:
             inputs = {**inputs, name: _as_text(name, inputs[name])}
+        self._prepare()
         self._running = options = self._new_options()
         with tensors.failures("the model failed"):
             try:
@@ -89,9 +93,19 @@ class OnnxModel:
                 values = run(self._outputs, inputs, options)
             except Exception as error:
                 if type(error).__name__ == "InvalidArgument":  # pybind makes one class for each status of ONNX Runtime
-                    raise BadInputError(f"the model can't take this input: {_said(error)}") from error
+                    raise BadInputError(f"the model can't take this input: {said(error)}") from error
                 raise
         return tensors.conform(dict(zip(self._outputs, values, strict=True)), self.info.outputs)
+
+    def _prepare(self) -> None:
+        """Between two runs: take the prepacked session if it is there, and see to it that it will be."""
+        if self._prepacking is None:
+            return
+        better = self._prepacking.ready()
+        if better is None:
+            self._prepacking.used()
+        else:
+            self._session, self._prepacking = better, None
 
     def interrupt(self) -> None:
         """End the current `run` soon, with ModelFailedError: between two nodes, which is what stops an endless Loop."""
@@ -105,46 +119,22 @@ class OnnxModel:
 
     def close(self) -> None:
         """Free the session and give its memory back."""
+        if self._prepacking is not None:
+            self._prepacking.cancel()
+            self._prepacking = None
         if self._session is not None:
             self._session = None
             tensors.release_memory()
 
 
-def _model_file(path: Path) -> Path:
+def _open(path: Path, threads: int) -> Opened:
     file = tensors.only_file(path, [".onnx"])
     if file is None:
         raise BadModelError(f"{path.name}: has to be one .onnx file, or a folder with exactly one")
-    if path.is_file() and external_files(file):
+    names = external_files(file)
+    if names and path.is_file():
         raise BadModelError(f"{file.name} keeps its weights in other files; publish the folder that holds both")
-    check_external_files(file)
-    return file
-
-
-def _session(path: Path, threads: int) -> Any:
-    try:
-        import onnxruntime  # heavy (0.2 s)
-    except ImportError as error:
-        raise tensors.missing("onnxruntime", "onnx", error) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = _FATAL
-    # Threads that spin while they wait take the cores of the other models (measured: a second model halves the first one's rate).
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    onnxruntime.set_default_logger_severity(_FATAL)
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:
-        hint = "; it needs more memory than it may use" if "bad_alloc" in str(error) else ""
-        raise BadModelError(f"{path.name} can't be loaded by ONNX Runtime: {_said(error)}{hint}") from error
-
-
-def _said(error: Exception) -> str:
-    """Without `[ONNXRuntimeError] : 7 : `."""
-    return tensors.first_line(error).removeprefix("[ONNXRuntimeError] : ").partition(" : ")[2] or tensors.first_line(error)
+    return open_session(file, [external_file(file, name) for name in sorted(names)], threads)
 
 
 def _spec(node: Any) -> TensorSpec:

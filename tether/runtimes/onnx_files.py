@@ -6,13 +6,14 @@ whoever wrote the model, and ONNX Runtime 1.32 follows hard links out of the fol
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path, PurePosixPath
 
-from tether.errors import BadModelError
+from tether.errors import BadModelError, HostileModelError
+from tether.runtimes.protobuf import BYTES, VARINT, Field, Source, fields, varint
 
-__all__ = ["check_external_files", "external_files"]
+__all__ = ["external_entry", "external_file", "external_files"]
 
 _TREE = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -23,106 +24,115 @@ _TREE = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
-    "entry": {},
 }
 """Messages that can lead to a tensor, with the numbers of the fields that lead on."""
 _DEPTH = 100
 """protobuf's own limit on nesting: nothing deeper is readable for ONNX Runtime either."""
-_VARINT_NBYTES = 10
-_Span = tuple[int, int]
-
-
-def check_external_files(path: Path) -> None:
-    """Refuse a model that reads outside its folder.
-
-    Raises: BadModelError: a name that leads out, a link, a missing file; or the file is no protobuf.
-    """
-    for name in sorted(external_files(path)):
-        _check(path, name)
+_MAX_TEXT_NBYTES = 4096
+"""Of a key or value of `external_data`: the longest path there is."""
+_SPARSE_DIMS = 3
+"""`SparseTensorProto.dims`."""
+_MAX_DIMS_NBYTES = 320
+"""Packed, of 32 axes."""
+_ELEMENT_NBYTES = 8
+_SPARSE_FREE_NBYTES = 64 << 20
+_SPARSE_RATIO = 200
+"""Times its file that a sparse tensor may be: ONNX Runtime writes it out when it loads (86 bytes came to 1.5 GiB)."""
 
 
 def external_files(path: Path) -> set[str]:
     """The names in `external_data`, as written in the file.
 
-    Raises: BadModelError: the file is no protobuf, or nested too deep.
+    Raises: BadModelError: the file is no protobuf, or nested too deep; HostileModelError: it unpacks to far more than it is.
     """
-    names = set()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            for start, end in _entries(data):
-                fields = {number: bytes(data[slice(*span)]) for number, span in _fields(data, start, end)}
-                if fields.get(1) == b"location":
-                    names.add(fields.get(2, b"").decode())
-        except (IndexError, UnicodeDecodeError):
-            raise BadModelError(
-                f"{path.name}: not an ONNX file, or a damaged one: its protobuf is cut off or garbled; export it again"
-            ) from None
-    return names
+    with path.open("rb", buffering=0) as file:
+        source = Source(path.name, file.fileno())
+        pairs = (external_entry(source, entry) for entry in _entries(source))
+        return {value for key, value in pairs if key == "location"}
 
 
-def _entries(data: mmap.mmap) -> Iterator[_Span]:
-    """Where the key-value pairs of all tensors' `external_data` lie."""
-    open_messages = [("model", 0, len(data), 0)]
-    while open_messages:
-        kind, start, end, depth = open_messages.pop()
-        if depth > _DEPTH:
-            raise BadModelError(f"the ONNX graph is nested deeper than {_DEPTH} levels; flatten its subgraphs")
-        if kind == "entry":
-            yield start, end
-            continue
-        leads_on = _TREE[kind]
-        for number, (first, last) in _fields(data, start, end):
-            if number in leads_on:
-                open_messages.append((leads_on[number], first, last, depth + 1))
+def external_entry(source: Source, entry: tuple[int, int]) -> tuple[str, str]:
+    """Key and value of one entry of `external_data` (a StringStringEntryProto, by its range). Raises: BadModelError: it is none."""
+    texts = {1: b"", 2: b""}
+    for number, wire_type, start, end in fields(source, *entry):
+        if wire_type == BYTES and number in texts:
+            if end - start > _MAX_TEXT_NBYTES:
+                raise HostileModelError(f"{source.label}: the place of a weight in another file has over {_MAX_TEXT_NBYTES} characters")
+            texts[number] = source.read(start, end)
+    try:
+        return texts[1].decode(), texts[2].decode()
+    except UnicodeDecodeError:
+        raise source.garbled() from None
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, _Span]]:
-    """The length-delimited fields of one message; IndexError where the bytes are no protobuf."""
-    at = start
-    while at < end:
-        tag, at = _varint(data, at, end)
-        match tag & 7:
-            case 0:
-                _, at = _varint(data, at, end)
-            case 1:
-                at += 8
-            case 5:
-                at += 4
-            case 2:
-                nbytes, at = _varint(data, at, end)
-                if nbytes > end - at:
-                    raise IndexError
-                yield tag >> 3, (at, at + nbytes)
-                at += nbytes
-            case _:
-                raise IndexError
-    if at != end:
-        raise IndexError
+def external_file(model: Path, name: str) -> Path:
+    """The file of this name in `external_data`.
 
-
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    value = 0
-    for count in range(_VARINT_NBYTES):
-        if at >= end:
-            break
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << (7 * count)
-        if byte < 0x80:  # noqa: PLR2004 (the continuation bit)
-            return value, at
-    raise IndexError
-
-
-def _check(model: Path, name: str) -> None:
+    Raises: HostileModelError: the name leads out of the model's folder, or is a link; BadModelError: no such file.
+    """
     relative = PurePosixPath(name)
     if not name or "\\" in name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
-        raise BadModelError(f"{model.name} keeps weights in {name[:200]!r}, outside its folder; save it again with a plain file name")
+        raise HostileModelError(f"{model.name} keeps weights in {name[:200]!r}, outside its folder; save it again with a plain file name")
     path = model.parent
     for part in relative.parts:
         path /= part
         if path.is_symlink():
-            raise BadModelError(f"{model.name} keeps weights in {name!r}, a symbolic link; put the file itself in the folder")
+            raise HostileModelError(f"{model.name} keeps weights in {name!r}, a symbolic link; put the file itself in the folder")
     if not path.is_file():
         raise BadModelError(f"{model.name} keeps weights in {name!r}, which is not there; publish the folder that holds both")
     if path.stat().st_nlink > 1:
-        raise BadModelError(f"{model.name} keeps weights in {name!r}, a hard link to a file elsewhere; copy the file instead")
+        raise HostileModelError(f"{model.name} keeps weights in {name!r}, a hard link to a file elsewhere; copy the file instead")
+    return path
+
+
+def _entries(source: Source) -> Iterator[tuple[int, int]]:
+    """Where the key-value pairs of all tensors' `external_data` lie; of the graph no more is kept in memory than the way down to one."""
+    way = [("model", fields(source, 0, source.nbytes))]
+    while way:
+        kind, start, end = _next_below(*way[-1])
+        if not kind:
+            way.pop()
+        elif kind == "entry":
+            yield start, end
+        elif len(way) > _DEPTH:
+            raise BadModelError(f"the ONNX graph is nested deeper than {_DEPTH} levels; flatten its subgraphs")
+        else:
+            if kind == "sparse":
+                _check_sparse(source, start, end)
+            way.append((kind, fields(source, start, end)))
+
+
+def _next_below(kind: str, rest: Iterator[Field]) -> tuple[str, int, int]:
+    """The next message that leads on, and its range; an empty kind at the end."""
+    leads_on = _TREE[kind]
+    below = ((leads_on[number], start, end) for number, wire_type, start, end in rest if wire_type == BYTES and number in leads_on)
+    return next(below, ("", 0, 0))
+
+
+def _check_sparse(source: Source, start: int, end: int) -> None:
+    """Refuse a sparse tensor (by its range) that is gigabytes of zeros, before something writes them."""
+    extents: list[int] = []
+    for number, wire_type, first, last in fields(source, start, end):
+        if number != _SPARSE_DIMS:
+            continue
+        if wire_type == VARINT:
+            extents.append(first)
+        elif last - first <= _MAX_DIMS_NBYTES:
+            extents += _packed(source.read(first, last))
+        if last - first > _MAX_DIMS_NBYTES or len(extents) > _MAX_DIMS_NBYTES:
+            raise HostileModelError(f"{source.label} has a sparse tensor of more axes than there are; export the model again")
+    nbytes = _ELEMENT_NBYTES * prod(extents)
+    if nbytes > _SPARSE_FREE_NBYTES + _SPARSE_RATIO * source.nbytes:
+        raise HostileModelError(
+            f"{source.label} has a sparse tensor that unpacks to {nbytes} bytes, far more than its file has; export it with dense weights"
+        )
+
+
+def _packed(data: bytes) -> Iterator[int]:
+    at = 0
+    while at < len(data):
+        try:
+            value, at = varint(data, at)
+        except IndexError:
+            raise BadModelError("a sparse tensor's shape is cut off; export the model again") from None
+        yield value

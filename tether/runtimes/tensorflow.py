@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from tether.errors import BadModelError
 from tether.runtimes import tensors
+from tether.runtimes.weights import keras_files, savedmodel
 from tether.types import Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec
 
 __all__ = ["TensorFlowModel", "TensorFlowRuntime"]
@@ -70,7 +71,7 @@ class TensorFlowRuntime:
     def warm(self) -> None:
         """Import TensorFlow and Keras; no operation runs, since thread limits have to come before the first one."""
         tf = _library()
-        tf.keras.saving  # noqa: B018 (imports Keras, which TensorFlow does late)
+        tf.keras.models  # noqa: B018 (imports Keras, which TensorFlow does late; it has no `saving` since Keras 3.15)
 
     def load(self, path: Path, info: ModelInfo, threads: int = 1) -> TensorFlowModel:
         """Raises: BadModelError, MissingDependencyError. `threads` holds for the process, from its first TensorFlow model on."""
@@ -128,6 +129,7 @@ def _library() -> Any:
 
 
 def _load_saved(path: Path) -> _Loaded:
+    savedmodel.check(path, f"{path.name} can't be loaded as a SavedModel")  # before TensorFlow sees it: its operations reach any file
     tf = _library()
     with tensors.failures(f"{path.name} can't be loaded as a SavedModel", BadModelError):
         loaded = tf.saved_model.load(str(path))
@@ -159,6 +161,7 @@ def _is_pure(graph: Any) -> bool:
 
 
 def _load_keras(file: Path) -> _Loaded:
+    keras_files.check(file, f"{file.name} can't be loaded by Keras")  # Keras' own safe mode had a bypass a release
     tf = _library()
     with tensors.failures(f"{file.name} can't be loaded by Keras", BadModelError):
         import keras  # heavy, and it chooses its backend at import

@@ -67,7 +67,8 @@ def _work(request: dict[str, Any]) -> NoReturn:
 def _limit(limits: dict[str, int]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_nbytes"],) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_seconds"],) * 2)
+    # The hard limit a second later: where both are one the kernel sends SIGKILL, which says nothing.
+    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_seconds"], limits["cpu_seconds"] + 1))
     # Not RLIMIT_AS: PyTorch and TensorFlow reserve tens of gigabytes of addresses that they never touch. RLIMIT_DATA counts private
     # writable memory only; the parent watches the resident size of the whole tree beside it.
     resource.setrlimit(resource.RLIMIT_DATA, (limits["memory_nbytes"],) * 2)

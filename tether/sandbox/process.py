@@ -46,6 +46,10 @@ class Limits:
     """Private memory of each process, and resident memory of all of them together."""
     file_nbytes: int = 256 << 20
     """Largest file that may be written."""
+    cpu_seconds: float | None = None
+    """Processor time of each process; None: two cores' worth of `seconds`."""
+    scratch: str | None = None
+    """The folder that its own scratch folder is made in; None: the system's for temporary files. In memory, for what no disk may see."""
 
 
 def run(function: str, argument: Any, *, limits: Limits | None = None) -> Any:
@@ -73,7 +77,7 @@ async def arun(function: str, argument: Any, *, limits: Limits | None = None) ->
 
 
 def _run(function: str, argument: Any, limits: Limits, stop: threading.Event) -> Any:
-    scratch = tempfile.mkdtemp(prefix="tether-sandbox-")
+    scratch = tempfile.mkdtemp(prefix="tether-sandbox-", dir=limits.scratch)
     try:
         with _Sandbox.start(function, argument, limits, scratch) as sandbox:
             ending = sandbox.watch(stop)
@@ -175,14 +179,15 @@ class _Sandbox:
 
 def _request(function: str, argument: Any, limits: Limits, answer_fd: int) -> bytes:
     memory = limits.memory_nbytes
+    # CPU time too, since it holds even where this process is killed.
+    cpu = 2 * limits.seconds if limits.cpu_seconds is None else limits.cpu_seconds
     request = {
         "function": function,
         "argument": argument,
         "parent": os.getpid(),
         "answer": answer_fd,
         "path": [os.path.abspath(entry) for entry in sys.path],  # noqa: PTH100 (Path.resolve would follow links of virtual environments)
-        # CPU time too, since it holds even where this process is killed: two cores' worth.
-        "limits": {"memory_nbytes": memory, "file_nbytes": limits.file_nbytes, "cpu_seconds": int(2 * limits.seconds) + 1},
+        "limits": {"memory_nbytes": memory, "file_nbytes": limits.file_nbytes, "cpu_seconds": int(cpu) + 1},
     }
     return json.dumps(request).encode()
 

@@ -11,6 +11,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from tether.errors import BadSignatureError, ConfigError, StoreError
+from tether.security.envelopes import open_sealed
 
 __all__ = ["Identity", "verify"]
 
@@ -48,6 +49,10 @@ class Identity:
     def sign(self, message: bytes) -> bytes:
         """The signature, 64 bytes. The caller sets kinds of messages apart by a prefix."""
         return self._private.sign(message)
+
+    def open_sealed(self, envelope: bytes) -> bytes:
+        """What was sealed for this key by `envelopes.seal_to`. Raises: BadEnvelopeError."""
+        return open_sealed(self._private.private_bytes_raw(), envelope)
 
     def __repr__(self) -> str:
         return f"Identity({self.public})"

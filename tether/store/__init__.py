@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tether.store.collected import GcReport
+from tether.store.elsewhere import gateway_kvstore, kvstore
 from tether.store.layout import BLOB_NBYTES, FILES, HIDDEN
 from tether.store.manifest import ArrayEntry, Manifest, Segment, decode, digest_of, encode, signed_message
+from tether.store.reading import LocalVersions, Versions
 from tether.store.records import AliasChange, ModelRecord, Problem, Published, Report, VersionRecord
 from tether.store.repository import Repository
 
 if TYPE_CHECKING:
-    from tether.store.zarr import VersionStore, open_array, open_group
+    from tether.store.draft import DraftStore
+    from tether.store.zarr import VersionStore, Weights, open_array, open_group
 
 __all__ = [
     "BLOB_NBYTES",
@@ -18,6 +23,9 @@ __all__ = [
     "HIDDEN",
     "AliasChange",
     "ArrayEntry",
+    "DraftStore",
+    "GcReport",
+    "LocalVersions",
     "Manifest",
     "ModelRecord",
     "Problem",
@@ -27,19 +35,22 @@ __all__ = [
     "Segment",
     "VersionRecord",
     "VersionStore",
+    "Versions",
+    "Weights",
     "decode",
     "digest_of",
     "encode",
+    "gateway_kvstore",
+    "kvstore",
     "open_array",
     "open_group",
     "signed_message",
 ]
-_LAZY = {"VersionStore", "open_array", "open_group"}
+_LAZY = {"DraftStore": "draft", "VersionStore": "zarr", "Weights": "zarr", "open_array": "zarr", "open_group": "zarr"}
+"""Name → module. These import zarr, which costs 0.4 s that a worker that loads files need not pay."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from tether.store import zarr  # costs 0.4 s, which a worker that loads files need not pay
-
-        return getattr(zarr, name)
+        return getattr(import_module(f"tether.store.{_LAZY[name]}"), name)
     raise AttributeError(name)

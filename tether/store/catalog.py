@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from tether.errors import (
     UnknownModelError,
     UnknownVersionError,
 )
+from tether.store import collection_tables
 from tether.store.faults import reach
+from tether.store.key_tables import SCHEMA as KEY_SCHEMA
 from tether.store.packs import Located, Location
 from tether.store.records import AliasChange, ModelRecord, NewVersion, VersionRecord
+from tether.store.rows import altered, located, location
 from tether.types import Digest, ModelRef, model_name
 
 __all__ = ["LATEST", "PROD", "Catalog"]
@@ -33,6 +37,8 @@ PROD = "prod"
 """Alias that a bare name means where it exists."""
 _BUSY = 10.0
 """Seconds that a reader waits for the moment in which SQLite must be alone (start of a WAL, checkpoint): milliseconds in practice."""
+_SHARED = ("-wal", "-shm")
+"""Endings of the files that are there while a process has the catalog open, or died with it."""
 _LABEL_DIGITS = 12
 """Hex digits of a publisher's key that stand for it where it was given no petname."""
 
@@ -51,24 +57,30 @@ CREATE TABLE IF NOT EXISTS aliases (model INTEGER NOT NULL, alias TEXT NOT NULL,
 CREATE TABLE IF NOT EXISTS alias_history (id INTEGER PRIMARY KEY, model INTEGER NOT NULL, alias TEXT NOT NULL, version INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS publishers (key TEXT PRIMARY KEY, label TEXT NOT NULL UNIQUE) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS trust (publisher TEXT NOT NULL, scope TEXT NOT NULL, PRIMARY KEY (publisher, scope)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS blobs_by_pack ON blobs (pack, offset);
 INSERT OR IGNORE INTO meta VALUES ('changes', 0);
 """
+_ENTER_BLOB = "INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?)"
+_KEEP_BLOB = "INSERT OR IGNORE INTO blobs VALUES (?, ?, ?, ?)"
 _VERSIONS = "SELECT publisher, name, version, digest, created, nbytes, tags FROM versions JOIN models ON id = model"
 
 
 class Catalog:
-    """One connection to the catalog, for any thread. Readers of other processes see each transaction whole or not at all."""
+    """The catalog, for any thread. Readers of other processes see each transaction whole or not at all.
+
+    Single blobs are found over a connection of their own, which sees what is committed: not what its thread is about to commit.
+    """
 
     def __init__(self, path: Path, *, read_only: bool) -> None:
         """Raises: StoreError: it can't be opened; NoSpaceError."""
         self._path = path
         self._lock = threading.RLock()
+        self._single_lock = threading.Lock()
         with self._errors():
-            mode = "ro" if read_only else "rwc"
-            uri = f"{path.absolute().as_uri()}?mode={mode}"
-            self._db = sqlite3.connect(uri, uri=True, timeout=_BUSY, isolation_level=None, check_same_thread=False)
+            self._db = _connection(path, read_only=read_only)
             try:
                 self._prepare(read_only=read_only)
+                self._single = _connection(path, read_only=True)  # for what each read of a blob asks: it waits for no long transaction
             except sqlite3.Error:
                 self._db.close()
                 raise
@@ -80,13 +92,15 @@ class Catalog:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a commit that returned survives a power cut
         self._db.execute("PRAGMA foreign_keys = ON")
+        self._db.execute("PRAGMA secure_delete = ON")  # a key that was wrapped anew must not linger in a free corner of a page
         if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'blobs'").fetchone():
             # Without its index no pack counts as known: the repository scans them all again.
             self._db.executescript("DROP TABLE IF EXISTS packs")
-        self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {KEY_SCHEMA} {collection_tables.SCHEMA} COMMIT;")
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._single_lock:
+            self._single.close()
             self._db.close()
 
     # --- transactions
@@ -102,6 +116,8 @@ class Catalog:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
             return NoSpaceError(f"no space to write {self._path}: free some, or delete versions that are not needed; nothing was changed")
+        if code == sqlite3.SQLITE_CANTOPEN and self._path.exists():
+            return StoreError(f"the catalog {self._path} can't be opened: check its permissions and the limit of open files (`ulimit -n`)")
         if code == sqlite3.SQLITE_CANTOPEN:
             return StoreError(f"there is no catalog at {self._path}: start the lab (`tether up`) or name its data folder with --data")
         return StoreError(f"the catalog {self._path} refused ({error}): check the disk and the folder's permissions, then try again")
@@ -136,6 +152,27 @@ class Catalog:
                 raise
             reach("catalog.commit")
 
+    def reading(self) -> AbstractContextManager[sqlite3.Connection]:
+        """For modules with tables of their own: all reads inside see one state."""
+        return self._reading()
+
+    def writing(self) -> AbstractContextManager[sqlite3.Connection]:
+        """The same for writing: all or nothing, durable when it returns, alone."""
+        return self._writing()
+
+    def scrub(self) -> None:
+        """Leave nothing of what was overwritten or deleted in the catalog's files. Raises: ConflictError: a reader is in the way."""
+        with self._lock, self._single_lock, self._errors():
+            (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise ConflictError(f"another process keeps reading {self._path}, so that its log can't be emptied: try again when it is done")
+
+    def back_up(self, path: Path) -> None:
+        """Write a copy of the catalog as it is; one that is there already stays. Raises: StoreError, NoSpaceError."""
+        if not path.exists():
+            with self._lock, self._errors():
+                self._db.execute("VACUUM INTO ?", (str(path),))
+
     def change_count(self) -> int:
         with self._lock, self._errors():
             return int(self._db.execute("SELECT value FROM meta WHERE key = 'changes'").fetchone()[0])
@@ -144,22 +181,53 @@ class Catalog:
 
     def locate(self, digest: Digest) -> Location | None:
         query = "SELECT packs.name, offset, nbytes FROM blobs JOIN packs ON packs.id = pack WHERE digest = ?"
-        with self._lock, self._errors():
-            row = self._db.execute(query, (bytes.fromhex(digest),)).fetchone()
-        return Location(*row) if row else None
+        with self._single_lock, self._errors():
+            row = self._single.execute(query, (bytes.fromhex(digest),)).fetchone()
+        return location(digest, row) if row else None
+
+    def locate_many(self, digests: Iterable[Digest]) -> dict[Digest, Location]:
+        """Those of them that a pack holds, and where."""
+        query = "SELECT packs.name, offset, nbytes FROM blobs JOIN packs ON packs.id = pack WHERE digest = ?"
+        found = {}
+        with self._reading() as db:
+            for digest in digests:
+                row = db.execute(query, (bytes.fromhex(digest),)).fetchone()
+                if row:
+                    found[digest] = location(digest, row)
+        return found
+
+    def blobs_in(self, pack: str) -> list[Located]:
+        """What the catalog says lies in a pack, by offset; copies that a later pack replaced are not among it."""
+        query = "SELECT digest, offset, nbytes FROM blobs WHERE pack = (SELECT id FROM packs WHERE name = ?) ORDER BY offset"
+        with self._reading() as db:
+            return [located(*row) for row in db.execute(query, (pack,))]
+
+    def forget_pack(self, pack: str) -> None:
+        """Take a pack, and what the catalog says lies in it, out of the index."""
+        with self._writing() as db:
+            db.execute("DELETE FROM blobs WHERE pack = (SELECT id FROM packs WHERE name = ?)", (pack,))
+            db.execute("DELETE FROM packs WHERE name = ?", (pack,))
 
     def packs(self) -> set[str]:
+        """Those that need not be looked at: entered, or done with and about to be deleted."""
         with self._reading() as db:
-            return {name for (name,) in db.execute("SELECT name FROM packs")}
+            return {name for (name,) in db.execute("SELECT name FROM packs UNION SELECT name FROM condemned_packs")}
 
-    def add_packs(self, found: Mapping[str, Sequence[Located]], *, replace: bool = False) -> None:
-        """Enter the indexes of packs; `replace` forgets all others."""
+    def add_packs(
+        self, found: Mapping[str, Sequence[Located]], *, replace: bool = False, keep: bool = False, now: float | None = None
+    ) -> None:
+        """Enter the indexes of packs; `replace` forgets all others. Of blobs that lie elsewhere too, the new copy counts; with `keep` the
+        old one. The packs' age counts from `now`, else from the next garbage collection.
+        """
         with self._writing() as db:
+            done_with: set[str] = set()
             if replace:
+                done_with = set(collection_tables.condemned(db))
                 db.execute("DELETE FROM blobs")
                 db.execute("DELETE FROM packs")
             for name, index in found.items():
-                _add_pack(db, name, index)
+                if name not in done_with:
+                    _add_pack(db, name, index, now, keep=keep)
 
     # --- versions
 
@@ -181,7 +249,7 @@ class Catalog:
         """Give it the next number and move `latest` and its aliases to it; enter the packs that were written for it."""
         with self._writing() as db:
             for name, index in packs.items():
-                _add_pack(db, name, index)
+                _add_pack(db, name, index, new.created)
             db.execute("INSERT OR IGNORE INTO models (publisher, name) VALUES (?, ?)", (new.publisher, new.name))
             query = "UPDATE models SET next = next + 1 WHERE publisher = ? AND name = ? RETURNING id, next - 1"
             ((model, version),) = db.execute(query, (new.publisher, new.name)).fetchall()
@@ -191,15 +259,16 @@ class Catalog:
                 _point(db, model, alias, version)
         return int(version)
 
-    def delete_version(self, ref: ModelRef, version: int) -> None:
+    def delete_version(self, ref: ModelRef, version: int, now: float) -> None:
         """Raises: UnknownModelError, UnknownVersionError; ConflictError: an alias other than `latest` points at it."""
         with self._writing() as db:
             model = _model(db, ref, None)
-            _version_row(db, model, ref, version)
+            record = _record(db, _version_row(db, model, ref, version))
             aliases = [name for name, at in _aliases(db, model).items() if at == version and name != LATEST]
             if aliases:
                 raise ConflictError(f"{ref.name}:{version} is what @{', @'.join(aliases)} points at: move or delete that alias first")
             _forget_version(db, model, version)
+            collection_tables.remember_manifest(db, record.digest, now)
 
     def resolve(self, ref: ModelRef, publisher: str | None = None) -> VersionRecord:
         """Raises: UnknownModelError, UnknownVersionError, UnknownAliasError; ConflictError: two publishers have the name."""
@@ -218,6 +287,14 @@ class Catalog:
         with self._reading() as db:
             row = db.execute(query, (digest, publisher)).fetchone()
         return bytes(row[0]) if row else None
+
+    def signature_of(self, record: VersionRecord) -> bytes | None:
+        """What stands in the version's own row: another model's row may name the same manifest."""
+        query = "SELECT signature FROM versions JOIN models ON id = model WHERE publisher = ? AND name = ? AND version = ? AND digest = ?"
+        name = record.name.rpartition("~")[2]
+        with self._reading() as db:
+            row = db.execute(query, (record.publisher, name, record.version, record.digest)).fetchone()
+        return row[0] if row and isinstance(row[0], bytes) else None
 
     # --- aliases
 
@@ -283,11 +360,29 @@ class Catalog:
         return row is not None
 
 
-def _add_pack(db: sqlite3.Connection, name: str, index: Sequence[Located]) -> None:
+def _connection(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?{_mode(path, read_only=read_only)}"
+    return sqlite3.connect(uri, uri=True, timeout=_BUSY, isolation_level=None, check_same_thread=False)
+
+
+def _mode(path: Path, *, read_only: bool) -> str:
+    """Parameters for SQLite. It shares memory beside the catalog even to read; on a medium that takes nothing there is nothing to share."""
+    if not read_only:
+        return "mode=rwc"
+    still = (
+        path.exists()
+        and os.statvfs(path.parent).f_flag & os.ST_RDONLY
+        and not any(path.with_name(path.name + end).exists() for end in _SHARED)
+    )
+    return "mode=ro&immutable=1" if still else "mode=ro"
+
+
+def _add_pack(db: sqlite3.Connection, name: str, index: Sequence[Located], now: float | None, *, keep: bool = False) -> None:
     db.execute("INSERT OR IGNORE INTO packs (name) VALUES (?)", (name,))
     (pack,) = db.execute("SELECT id FROM packs WHERE name = ?", (name,)).fetchone()
     rows = [(bytes.fromhex(line.digest), pack, line.offset, line.nbytes) for line in index]
-    db.executemany("INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?)", rows)
+    db.executemany(_KEEP_BLOB if keep else _ENTER_BLOB, rows)
+    collection_tables.enter_pack(db, name, now)
 
 
 def _own(db: sqlite3.Connection) -> str | None:
@@ -362,8 +457,18 @@ def _version_row(db: sqlite3.Connection, model: int, ref: ModelRef, version: int
 
 
 def _record(db: sqlite3.Connection, row: tuple[Any, ...]) -> VersionRecord:
-    publisher, name, version, digest, created, nbytes, tags = row
-    return VersionRecord(_url_name(db, publisher, name), publisher, version, Digest(digest), created, nbytes, msgspec.json.decode(tags))
+    publisher, name, *_, tags = row
+    try:
+        values = dict(
+            zip(
+                VersionRecord.__struct_fields__,
+                (_url_name(db, publisher, name), publisher, *row[2:-1], msgspec.json.decode(tags)),
+                strict=True,
+            )
+        )
+        return msgspec.convert(values, VersionRecord)
+    except (msgspec.MsgspecError, TypeError, ValueError):
+        raise altered(f"its entry of a version of {str(name)[:64]!r}") from None
 
 
 def _model_record(db: sqlite3.Connection, model: int, publisher: str, name: str) -> ModelRecord:

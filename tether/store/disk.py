@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import filecmp
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +13,29 @@ from pathlib import Path
 from tether.errors import NoSpaceError, StoreError, TetherError
 from tether.store.faults import reach
 
-__all__ = ["PARTIAL", "dead_partials", "disk_errors", "partial_of", "sync_folder", "write_atomically", "write_halves"]
+__all__ = [
+    "BAD_MEDIUM",
+    "PARTIAL",
+    "dead_partials",
+    "disk_errors",
+    "is_same_file",
+    "partial_of",
+    "read_at",
+    "sync",
+    "sync_folder",
+    "write_at",
+    "write_atomically",
+    "write_halves_at",
+]
 
 PARTIAL = ".partial"
 """Ending of what is being written. The name before it ends in the writer's process, so that a sweep spares the living."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TOO_MANY = {errno.EMFILE, errno.ENFILE}
+BAD_MEDIUM = {errno.EIO, getattr(errno, "EUCLEAN", errno.EIO), errno.EBADMSG}
+"""What a disk or file system says of a place that it can't read (the checksums of btrfs and XFS, too)."""
+_NOT_FULLY = {errno.ENOTSUP, errno.ENOTTY, errno.EINVAL}
+"""What a file system says (SMB, FUSE) that has no such thing as F_FULLFSYNC."""
 _count = iter(range(1 << 62))
 _token = os.urandom(4).hex()
 """Tells this process from an earlier one with the same id, as containers like to give."""
@@ -39,16 +59,32 @@ def _translated(error: OSError, path: Path) -> StoreError | NoSpaceError:
     reason = error.strerror or str(error)
     if error.errno in _FULL:
         return NoSpaceError(f"no space to write {path} ({reason}): free some, or delete versions that are not needed; nothing was changed")
+    if error.errno in _TOO_MANY:
+        return StoreError(f"{path} can't be opened ({reason}): raise the limit (`ulimit -n`), or end programs that hold many files open")
     if error.errno == errno.EROFS or isinstance(error, PermissionError):
         return StoreError(f"{path} can't be used ({reason}): make the data folder writable for this user, or choose another with --data")
     return StoreError(f"the disk refused {path} ({reason}): check the disk and the system's log, then try again")
+
+
+def sync(descriptor: int) -> None:
+    """Make what was written to a file durable. On macOS an fsync leaves it in the drive's own memory, which a power cut empties."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+        except OSError as error:
+            if error.errno not in _NOT_FULLY:
+                raise
+        else:
+            return
+    os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -58,17 +94,38 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{next(_count)}.{os.getpid()}-{_token}{PARTIAL}")
 
 
-def write_halves(descriptor: int, data: bytes, point: str) -> None:
-    """Write all of `data`, passing the crash point in the middle."""
+def read_at(descriptor: int, offset: int, view: memoryview) -> int:
+    """Fill `view` with the bytes from `offset`; gives how many there were before the end of the file."""
+    done = 0
+    while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += count
+    return done
+
+
+def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
+    """Write all of `data` at `offset`."""
     view = memoryview(data)
-    _write_all(descriptor, view[: len(view) // 2])
-    reach(point)
-    _write_all(descriptor, view[len(view) // 2 :])
-
-
-def _write_all(descriptor: int, view: memoryview) -> None:
     while view:
-        view = view[os.write(descriptor, view) :]
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether `path` is there and has the same bytes. Raises: OSError."""
+    try:
+        return path.exists() and filecmp.cmp(path, other, shallow=False)
+    except OSError as error:
+        if error.errno not in BAD_MEDIUM:
+            raise
+        return False  # a bad place in the old one: it is replaced
+
+
+def write_halves_at(descriptor: int, offset: int, data: bytes | memoryview, point: str) -> None:
+    """Write all of `data` at `offset`, passing the crash point in the middle."""
+    view, half = memoryview(data), len(data) // 2
+    write_at(descriptor, offset, view[:half])
+    reach(point)
+    write_at(descriptor, offset + half, view[half:])
 
 
 def write_atomically(path: Path, data: bytes, point: str) -> None:
@@ -79,7 +136,7 @@ def write_atomically(path: Path, data: bytes, point: str) -> None:
             file.write(data)
             file.flush()
             reach(f"{point}.write")
-            os.fsync(file.fileno())
+            sync(file.fileno())
         reach(f"{point}.fsync")
         partial.rename(path)
     except OSError:

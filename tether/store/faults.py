@@ -6,7 +6,7 @@ import os
 import signal
 from collections import Counter
 
-__all__ = ["POINTS", "reach"]
+__all__ = ["GC_POINTS", "POINTS", "ROTATION_POINTS", "reach"]
 
 POINTS = (
     "format.write",
@@ -14,7 +14,7 @@ POINTS = (
     "format.rename",
     "format.folder",
     "stage",
-    "stage.rename",
+    "stage.journal",
     "blob",
     "pack.index",
     "pack.fsync",
@@ -32,8 +32,13 @@ POINTS = (
     "checkout.rename",
 )
 """In the order in which a first publish and a checkout pass them. `format.…` only where the store is made. `stage` and `blob` lie in
-the middle of writing a blob (to the staging folder, to the pack), `clean` behind the removal of each staged blob, `checkout` behind each
-file; the others behind what they name."""
+the middle of writing a blob (`blob`: of copying one that lies in a pending pack with much else), `clean` behind the removal of each
+pending pack, `checkout` behind each file; the others behind what they name."""
+ROTATION_POINTS = ("keys.begin", "keys.batch", "keys.rewrapped", "keys.scrubbed", "keys.retired")
+"""What a rotation of the cluster key passes besides the catalog's: `keys.batch` in each transaction, the others behind what they name."""
+GC_POINTS = ("gc.mark", "gc.aside", "gc.commit", "gc.delete", "gc.blob", "gc.copied", "gc.manifest")
+"""What a garbage collection passes besides the catalog's: `gc.blob` in the middle of copying each blob, `gc.aside` behind taking each
+pack away, `gc.commit` behind the transaction and that, the others behind what they name."""
 _seen: Counter[str] = Counter()
 
 

@@ -15,7 +15,23 @@ from tether.errors import MalformedManifestError
 from tether.store.layout import BLOB_NBYTES, DTYPES, FILES, KEYS, TENSORS, path_problem
 from tether.types import Digest, Framework, ModelInfo
 
-__all__ = ["FORMAT", "MAX_NBYTES", "ArrayEntry", "Manifest", "Segment", "decode", "digest_of", "encode", "is_digest", "signed_message"]
+__all__ = [
+    "FORMAT",
+    "MAX_NBYTES",
+    "SCHEME",
+    "ArrayEntry",
+    "Encryption",
+    "Manifest",
+    "Seal",
+    "Segment",
+    "decode",
+    "digest_of",
+    "encode",
+    "is_digest",
+    "public_info",
+    "public_path",
+    "signed_message",
+]
 
 FORMAT = 1
 MAX_NBYTES = 64 * 1024 * 1024
@@ -28,9 +44,17 @@ _MAX_NAME = 4096
 """Characters of a tensor's name."""
 _MAX_DEPTH = 32
 """Nesting of `attributes`."""
+_MAX_ATTRIBUTES_NBYTES = 1 << 20
+"""Of `attributes` as JSON: empty lists take 30 times their two bytes in memory."""
 _SIGNED_PREFIX = b"tether manifest v1\x00"
 """Sets signatures of manifests apart from all else that the same key signs."""
+SCHEME = "aes-256-gcm"
+"""The one way in which blobs are encrypted (encrypted.py)."""
+_NONCE_NBYTES = 12
+_TAG_NBYTES = 16
+_MAX_PRIVATE_BLOBS = MAX_NBYTES // BLOB_NBYTES
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_KEY_ID = re.compile(r"[0-9a-f]{32}")
 _GROUPS = (FILES, KEYS, TENSORS)
 
 
@@ -60,6 +84,29 @@ class ArrayEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         return DTYPES[self.dtype] * math.prod(self.shape)
 
 
+class Seal(msgspec.Struct, frozen=True, array_like=True):
+    """What it takes, besides the model key, to open an encrypted blob."""
+
+    digest: Digest
+    """Of the ciphertext: what is stored, sent and verified."""
+    nbytes: int
+    """Of the plaintext, and as many of the ciphertext."""
+    nonce: bytes
+    tag: bytes
+
+
+class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the blobs of a version are encrypted."""
+
+    key: str
+    """Id of the model key, 32 hex digits: it follows from the key, so another key can't pass for it."""
+    private: tuple[Seal, ...]
+    """The blobs that hold, one after the other, what the manifest doesn't show: a manifest of its own, with the real names."""
+    seals: tuple[Seal, ...]
+    """One for each blob of the arrays, sorted by digest."""
+    scheme: str = SCHEME
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All that makes a version. No name, number or time: the same bytes have the same digest wherever and whenever they are published."""
 
@@ -71,6 +118,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Sorted by path."""
     attributes: dict[str, Any] = {}
     """JSON: provenance, names of the examples."""
+    encryption: Encryption | None = None
+    """Of an encrypted version: it shows sizes, framework and whether it is code; names and attributes are in its private part."""
     format: int = FORMAT
 
     @property
@@ -85,16 +134,31 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return (array for array in self.arrays if array.path.startswith(TENSORS + "/"))
 
     def blobs(self) -> list[Digest]:
-        """Every blob once, in the order of the files."""
-        return list(dict.fromkeys(segment.digest for array in self.arrays for segment in array.segments))
+        """Every blob once, in the order of the files; then those of the private part."""
+        private = self.encryption.private if self.encryption else ()
+        digests = (segment.digest for array in self.arrays for segment in array.segments)
+        return list(dict.fromkeys([*digests, *(seal.digest for seal in private)]))
 
 
 class _Head(msgspec.Struct):
     format: int
 
 
-_decoder = msgspec.json.Decoder(Manifest, strict=True)
+class _Unread(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A manifest whose attributes, of any kind and depth, were not made into objects."""
+
+    framework: Framework
+    entry: str
+    info: ModelInfo
+    arrays: tuple[ArrayEntry, ...]
+    attributes: msgspec.Raw = msgspec.Raw(b"{}")
+    encryption: Encryption | None = None
+    format: int = FORMAT
+
+
 _head = msgspec.json.Decoder(_Head, strict=True)
+_unread = msgspec.json.Decoder(_Unread, strict=True)
+_attributes = msgspec.json.Decoder(dict[str, Any], strict=True)
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -106,8 +170,10 @@ def encode(manifest: Manifest) -> bytes:
     _check(manifest)
     try:
         data = _canonical(manifest)
+        attributes_nbytes = len(msgspec.json.encode(manifest.attributes))
     except (TypeError, ValueError, RecursionError) as error:
         raise MalformedManifestError(f"the manifest can't be written as JSON: {error}") from None
+    _check_size(attributes_nbytes)
     if len(data) > MAX_NBYTES:
         raise MalformedManifestError(f"the manifest is over {MAX_NBYTES} bytes: publish the model in fewer or smaller files")
     return data
@@ -124,7 +190,7 @@ def decode(data: bytes) -> Manifest:
         number = _head.decode(data).format
         if number != FORMAT:
             raise MalformedManifestError(f"the manifest has format {number}; this Tether understands {FORMAT}: update it")
-        manifest = _decoder.decode(data)
+        manifest = _read(_unread.decode(data))
         canonical = _canonical(manifest)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, MalformedManifestError):
@@ -136,7 +202,18 @@ def decode(data: bytes) -> Manifest:
     return manifest
 
 
-def digest_of(data: bytes) -> Digest:
+def _read(unread: _Unread) -> Manifest:
+    _check_size(len(memoryview(unread.attributes)))
+    fields = msgspec.structs.asdict(unread)
+    return Manifest(**{**fields, "attributes": _attributes.decode(unread.attributes)})
+
+
+def _check_size(attributes_nbytes: int) -> None:
+    if attributes_nbytes > _MAX_ATTRIBUTES_NBYTES:
+        raise _malformed(f"attributes of {attributes_nbytes} bytes: at most {_MAX_ATTRIBUTES_NBYTES}; keep what is longer in a file")
+
+
+def digest_of(data: bytes | bytearray | memoryview) -> Digest:
     """BLAKE3 of `data`, as 64 hex digits."""
     return Digest(blake3(data).hexdigest())
 
@@ -150,8 +227,25 @@ def signed_message(data: bytes) -> bytes:
     return _SIGNED_PREFIX + data
 
 
+def public_path(index: int) -> str:
+    """What an encrypted version calls its file of this index.
+
+    >>> public_path(0)
+    'files/0'
+    """
+    return f"{FILES}/{index}"
+
+
+def public_info(info: ModelInfo) -> ModelInfo:
+    """What an encrypted version says of the model to those without its key: whether they may run it, not what it is."""
+    return ModelInfo(info.framework, info.format, (), (), batched=info.batched, pure=info.pure, code=info.code)
+
+
 def _canonical(manifest: Manifest) -> bytes:
-    return msgspec.json.encode(manifest, order="sorted")
+    fields = msgspec.structs.asdict(manifest)
+    if manifest.encryption is None:
+        del fields["encryption"]  # not null: plain manifests keep the bytes, and so the digest, that they had before there was encryption
+    return msgspec.json.encode(fields, order="sorted")
 
 
 def _check(manifest: Manifest) -> None:
@@ -167,6 +261,8 @@ def _check(manifest: Manifest) -> None:
     _check_tree([array.path for array in manifest.arrays])
     _check_entry(manifest)
     _check_json(manifest.attributes, _MAX_DEPTH)
+    if manifest.encryption is not None:
+        _check_encryption(manifest.encryption, manifest)
 
 
 def _check_array(array: ArrayEntry) -> None:
@@ -216,6 +312,52 @@ def _check_entry(manifest: Manifest) -> None:
     path = f"{FILES}/{manifest.entry}"
     if path_problem(path) or not any(array.path == path or array.path.startswith(path + "/") for array in manifest.arrays):
         raise _malformed(f"entry {manifest.entry[:200]!r} is not one of the files")
+
+
+def _check_encryption(encryption: Encryption, manifest: Manifest) -> None:
+    if encryption.scheme != SCHEME:
+        raise _malformed(f"encrypted by {encryption.scheme[:40]!r}; known is {SCHEME}: update Tether")
+    if not _KEY_ID.fullmatch(encryption.key):
+        raise _malformed("the id of the model key is not 32 hex digits")
+    _check_opaque(manifest)
+    _check_private(encryption.private)
+    _check_seals(encryption, manifest.arrays)
+
+
+def _check_opaque(manifest: Manifest) -> None:
+    """Nothing that is in the model's files may stand in the clear, by mistake or on purpose."""
+    opaque = {public_path(index) for index in range(len(manifest.arrays))}
+    if manifest.entry or manifest.attributes or manifest.info != public_info(manifest.info):
+        raise _malformed("it is encrypted but shows an entry, attributes, inputs, outputs or requirements")
+    if any(array.path not in opaque for array in manifest.arrays):
+        raise _malformed(f"it is encrypted but its arrays are not called {public_path(0)}, {public_path(1)} …")
+
+
+def _check_private(private: tuple[Seal, ...]) -> None:
+    if not 0 < len(private) <= _MAX_PRIVATE_BLOBS:
+        raise _malformed(f"its private part has {len(private)} blobs; 1 to {_MAX_PRIVATE_BLOBS} are allowed")
+    if any(seal.nbytes != BLOB_NBYTES for seal in private[:-1]):
+        raise _malformed("its private part is not cut into blobs of 4 MiB")
+
+
+def _check_seals(encryption: Encryption, arrays: tuple[ArrayEntry, ...]) -> None:
+    """Exactly one for each blob. Two blobs of one nonce would betray both."""
+    every = [*encryption.seals, *encryption.private]
+    for seal in every:
+        if not is_digest(seal.digest) or len(seal.nonce) != _NONCE_NBYTES or len(seal.tag) != _TAG_NBYTES:
+            raise _malformed(f"a seal needs a digest, a nonce of {_NONCE_NBYTES} and a tag of {_TAG_NBYTES} bytes")
+        if not 0 < seal.nbytes <= BLOB_NBYTES:
+            raise _malformed(f"the seal of {seal.digest} has an impossible size")
+    if len({seal.nonce for seal in every}) != len({seal.digest for seal in every}):
+        raise _malformed("two different blobs have one nonce")
+    if any(before.digest >= after.digest for before, after in pairwise(encryption.seals)):
+        raise _malformed("the seals are not sorted by digest, or one is given twice")
+    ends: dict[Digest, int] = {}
+    for segment in (segment for array in arrays for segment in array.segments):
+        ends[segment.digest] = max(ends.get(segment.digest, 0), segment.offset + segment.nbytes)
+    sizes = {seal.digest: seal.nbytes for seal in encryption.seals}
+    if sizes.keys() != ends.keys() or any(end > sizes[digest] for digest, end in ends.items()):
+        raise _malformed("the seals are not those of the arrays' blobs")
 
 
 def _check_json(value: object, depth: int) -> None:

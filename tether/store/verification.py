@@ -2,77 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tether.errors import TetherError
 from tether.store.blobs import Blobs
-from tether.store.manifest import Manifest, decode
-from tether.store.packs import Located, Location, read_at, scan
+from tether.store.manifest import decode
+from tether.store.packs import Located, Location, missing, scan
+from tether.store.parallel import buffer, in_batches, threads_for
 from tether.store.records import Problem, Report, VersionRecord
 from tether.types import Digest
 
-__all__ = ["verify"]
+__all__ = ["Damage", "Line", "lines_of", "look", "problem", "survey"]
 
 
-class _Tally:
-    """What was checked so far; each blob once."""
+class Damage(NamedTuple):
+    """What a survey found: the report for people, and what a repair starts from."""
 
-    def __init__(self) -> None:
-        self.sizes: dict[Digest, int] = {}
-        self.bad: dict[Digest, TetherError] = {}
-        self.problems: list[Problem] = []
-
-    def check(self, digest: Digest, path: str, read: Callable[[], bytes]) -> bytes | None:
-        """The bytes, if they are whole and were not read before."""
-        if digest not in self.sizes:
-            self.sizes[digest] = 0
-            try:
-                data = read()
-                self.sizes[digest] = len(data)
-                return data
-            except TetherError as error:
-                self.bad[digest] = error
-        if digest in self.bad:
-            self.problems.append(Problem(path, digest, self.bad[digest].code, str(self.bad[digest])))
-        return None
+    report: Report
+    manifests: list[Digest]
+    blobs: list[Digest]
+    packs: list[str]
+    """Those whose index can't be read."""
 
 
-def verify(versions: Iterable[VersionRecord], manifest: Callable[[Digest], bytes], blobs: Blobs, packs: Iterable[Path]) -> Report:
+class Line(NamedTuple):
+    """A blob to be read, and the first that needs it."""
+
+    digest: Digest
+    location: Location | None
+    path: str
+
+
+def survey(versions: Iterable[VersionRecord], manifest: Callable[[Digest], bytes], blobs: Blobs, packs: Iterable[Path] = ()) -> Damage:
     """Check the versions' manifests and blobs, and the packs besides (blobs that no version names any more). Never raises for damage."""
-    tally = _Tally()
+    found = _Survey(blobs)
     for version in versions:
-        data = tally.check(version.digest, f"{version.name}:{version.version}", partial(manifest, version.digest))
-        if data is not None:
-            _check_version(tally, version, data, blobs)
+        found.add_version(version, manifest)
+    found.check(found.named())
     for pack in packs:
-        _check_pack(tally, pack)
-    return Report(len(tally.sizes), sum(tally.sizes.values()), tuple(tally.problems))
+        found.check(found.unnamed(pack))
+    report = Report(len(found.sizes), sum(found.sizes.values()), tuple(found.problems))
+    return Damage(report, list(found.manifests), list(found.altered), found.packs)
 
 
-def _check_version(tally: _Tally, version: VersionRecord, data: bytes, blobs: Blobs) -> None:
+class _Survey:
+    """What was looked at so far; each blob and manifest once."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self.sizes: dict[Digest, int] = {}
+        self.problems: list[Problem] = []
+        self.manifests: dict[Digest, TetherError] = {}
+        self.altered: dict[Digest, TetherError] = {}
+        self.packs: list[str] = []
+        self._blobs = blobs
+        self._users: dict[Digest, list[str]] = {}
+
+    def add_version(self, version: VersionRecord, manifest: Callable[[Digest], bytes]) -> None:
+        name = f"{version.name}:{version.version}"
+        try:
+            if version.digest in self.manifests:
+                raise self.manifests[version.digest]
+            data = manifest(version.digest)
+            self.sizes[version.digest] = len(data)
+            public = decode(data)
+        except TetherError as error:
+            self.sizes.setdefault(version.digest, 0)
+            self.manifests[version.digest] = error
+            self.problems.append(problem(name, version.digest, error))
+            return
+        for array in public.arrays:
+            for digest in dict.fromkeys(segment.digest for segment in array.segments):
+                self._users.setdefault(digest, []).append(f"{name}/{array.path}")
+        for seal in public.encryption.private if public.encryption else ():
+            self._users.setdefault(seal.digest, []).append(f"{name}, the private part of its manifest")
+
+    def named(self) -> list[Line]:
+        located = self._blobs.locate(self._users)
+        lost = [digest for digest in self._users if digest not in located]
+        return [Line(digest, located.get(digest), self._users[digest][0]) for digest in [*located, *lost]]
+
+    def unnamed(self, pack: Path) -> list[Line]:
+        """What else lies in a pack; of an unreadable one, what the catalog knows of it."""
+        try:
+            index = scan(pack)
+        except TetherError as error:
+            self.packs.append(pack.name)
+            self.problems.append(problem(pack.name, Digest(pack.stem), error))
+            index = []
+        return [line for line in lines_of(self._blobs, pack.name, index) if line.digest not in self.sizes]
+
+    def check(self, lines: Sequence[Line]) -> None:
+        threads = threads_for(sum(map(_nbytes, lines)))
+        for line, nbytes, error in in_batches(partial(look, self._blobs), lines, _nbytes, threads):
+            self.sizes[line.digest] = nbytes
+            if error is not None:
+                self.altered[line.digest] = error
+        wrong = [line for line in lines if line.digest in self.altered]
+        order = {digest: number for number, digest in enumerate(self._users)} if wrong else {}
+        for line in sorted(wrong, key=lambda line: order.get(line.digest, 0)):
+            for path in self._users.get(line.digest, [line.path]):
+                self.problems.append(problem(path, line.digest, self.altered[line.digest]))
+
+
+def _nbytes(line: Line) -> int:
+    return line.location.nbytes if line.location else 0
+
+
+def problem(path: str, digest: Digest, error: TetherError) -> Problem:
+    """As the report has it; `path` is what is damaged."""
+    return Problem(path, digest, error.code, str(error))
+
+
+def lines_of(blobs: Blobs, pack: str, index: Iterable[Located]) -> list[Line]:
+    """What is to be read of a pack: what the catalog says lies there; its own index where the catalog does not know the pack.
+
+    A copy that a later pack replaced is nobody's any more: the damage in it is why it was replaced.
+    """
+    known = blobs.lines_of(pack)
+    return [Line(line.digest, Location(pack, line.offset, line.nbytes), pack) for line in (index if known is None else known)]
+
+
+def look(blobs: Blobs, line: Line) -> tuple[Line, int, TetherError | None]:
+    """Read a blob: its size, and what is wrong with it."""
     try:
-        parsed: Manifest = decode(data)
+        if line.location is None:
+            raise missing(line.digest, line.path)
+        with buffer() as view:
+            return line, len(blobs.read_into(line.digest, view, line.path, line.location)), None
     except TetherError as error:
-        tally.problems.append(Problem(f"{version.name}:{version.version}", version.digest, error.code, str(error)))
-        return
-    for array in parsed.arrays:
-        path = f"{version.name}:{version.version}/{array.path}"
-        for digest in dict.fromkeys(segment.digest for segment in array.segments):
-            tally.check(digest, path, partial(blobs.read, digest, path))
-
-
-def _check_pack(tally: _Tally, pack: Path) -> None:
-    try:
-        index = scan(pack)
-    except TetherError as error:
-        tally.problems.append(Problem(pack.name, Digest(pack.stem), error.code, str(error)))
-        return
-    for line in index:
-        if line.digest not in tally.sizes:
-            tally.check(line.digest, pack.name, partial(_read_line, pack, line))
-
-
-def _read_line(pack: Path, line: Located) -> bytes:
-    return read_at(pack.parent, Location(pack.name, line.offset, line.nbytes), line.digest, pack.name)
+        return line, 0, error

@@ -14,10 +14,13 @@ from tether.store.layout import DTYPES, FILES, TENSORS, slices
 from tether.store.manifest import ArrayEntry, Segment
 from tether.types import StoredTensor
 
-__all__ = ["MAX_TENSORS", "tensor_arrays", "tensor_name", "tensor_path"]
+__all__ = ["MAX_TENSORS", "Ranges", "tensor_arrays", "tensor_name", "tensor_path"]
 
 MAX_TENSORS = 65_536
 """In one version: the largest models have a tenth of it, and every one is a line of the manifest and a zarr node."""
+_MAX_SEGMENTS = 1 << 20
+"""Of all of a version's tensors: a file's half a million, and as many again for tied weights. Tensors may overlap, so that few bytes ask
+for many."""
 _MAX_NAME = 4096
 """Characters."""
 _MAX_PART = 255
@@ -29,14 +32,19 @@ _KEPT = 180
 def tensor_arrays(files: Iterable[ArrayEntry], tensors: Sequence[StoredTensor]) -> list[ArrayEntry]:
     """One typed array for each tensor, naming the same bytes as the file that it lies in; sorted by path.
 
-    Raises: BadModelError: too many, two of one name, an unknown element type, a range that the file or the shape does not have.
+    Raises: BadModelError: too many, or overlapping too often; two of one name; an unknown element type; a range that the file or the shape
+    does not have.
     """
     if len(tensors) > MAX_TENSORS:
         raise BadModelError(f"the model has {len(tensors)} tensors; at most {MAX_TENSORS} are taken: merge small ones")
-    ranges = {array.path.removeprefix(f"{FILES}/"): _Ranges(array) for array in files}
-    arrays = {}
+    ranges = {array.path.removeprefix(f"{FILES}/"): Ranges(array) for array in files}
+    arrays: dict[str, ArrayEntry] = {}
+    count = 0
     for tensor in tensors:
         array = _array(tensor, ranges)
+        count += len(array.segments)
+        if count > _MAX_SEGMENTS:
+            raise BadModelError(f"the model's tensors are over {_MAX_SEGMENTS} ranges of blobs: they overlap; name each weight once")
         if array.path in arrays:
             raise BadModelError(f"the model has two tensors of the name {tensor.name[:200]!r}: rename one")
         arrays[array.path] = array
@@ -63,13 +71,13 @@ def tensor_name(array: ArrayEntry) -> str:
     return array.name or ("" if part == "%" else unquote(part))
 
 
-class _Ranges:
-    """Segments for ranges of one file, each found without walking from the start."""
+class Ranges:
+    """Segments for ranges of one array, each found without walking from the start."""
 
-    def __init__(self, file: ArrayEntry) -> None:
-        self.nbytes = file.nbytes
-        self._segments = file.segments
-        self._starts = list(_starts(file.segments))
+    def __init__(self, array: ArrayEntry) -> None:
+        self.nbytes = array.nbytes
+        self._segments = array.segments
+        self._starts = list(_starts(array.segments))
 
     def segments(self, offset: int, nbytes: int) -> Iterator[Segment]:
         first = max(0, bisect_right(self._starts, offset) - 1)
@@ -87,7 +95,7 @@ def _starts(segments: Sequence[Segment]) -> Iterator[int]:
         start += segment.nbytes
 
 
-def _array(tensor: StoredTensor, ranges: Mapping[str, _Ranges]) -> ArrayEntry:
+def _array(tensor: StoredTensor, ranges: Mapping[str, Ranges]) -> ArrayEntry:
     label = tensor.name[:200]
     if len(tensor.name) > _MAX_NAME:
         raise BadModelError(f"a tensor's name has {len(tensor.name)} characters; at most {_MAX_NAME} are taken: rename it")

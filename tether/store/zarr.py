@@ -1,46 +1,32 @@
-"""A version as a read-only zarr v3 store: zarr's keys to verified bytes. The only module that imports zarr."""
+"""A version as a read-only zarr v3 store, its weights as zarr arrays. Importing it imports zarr and makes it know bfloat16 and float8."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-import weakref
-from collections.abc import AsyncIterator, Callable, Iterable
-from itertools import product
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import msgspec
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
-from tether.store.layout import DTYPES, chunk_shape, node_name
-from tether.store.manifest import ArrayEntry, Manifest
+from tether.store import dtypes
+from tether.store.manifest import Manifest
+from tether.store.reading import LocalVersions, Span, VersionReader, Versions
 from tether.store.repository import Repository
+from tether.store.zarr_keys import Chunk, node_of
 from tether.types import Digest
 
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["VersionStore", "open_array", "open_group"]
+__all__ = ["VersionStore", "Weights", "open_array", "open_group", "span_of"]
 
-
-class _Chunk(NamedTuple):
-    """A range of an array's bytes; zarr wants the last chunk as long as the others."""
-
-    array: ArrayEntry
-    start: int
-    stop: int
-    nbytes: int
-
-
-_Value = bytes | _Chunk
+dtypes.register()
 
 
 class VersionStore(Store):
-    """One version, opened by its manifest's digest. Pickles as (folder, digest); equal where these are.
+    """One version, opened by its manifest's digest. Pickles as (where it is read from, digest); equal where these are.
 
     A chunk that is missing or altered raises ChunkMissingError or ChunkAlteredError, naming the blob and the path; zarr's `None`, which it
     would fill with zeros, is only the answer for keys that the version does not have. A chunk's blobs are verified at each read.
@@ -50,84 +36,125 @@ class VersionStore(Store):
     supports_deletes = False
     supports_partial_writes = False
     supports_listing = True
+    supports_consolidated_metadata = False  # zarr would look for it; every description is at hand here
 
-    def __init__(self, repository: Repository, digest: Digest) -> None:
+    def __init__(self, versions: Versions | Repository, digest: Digest) -> None:
         """Raises: ChunkMissingError, ChunkAlteredError: of the manifest."""
         super().__init__(read_only=True)
-        self._repository = repository
-        self._digest = digest
-        self._values = _values(repository.manifest(digest))
+        self._reader = VersionReader(LocalVersions(versions) if isinstance(versions, Repository) else versions, digest)
 
     def __eq__(self, value: object) -> bool:
-        return isinstance(value, VersionStore) and (self._repository.root, self._digest) == (value._repository.root, value._digest)
+        return isinstance(value, VersionStore) and self._identity == value._identity
 
     def __hash__(self) -> int:
-        return hash((self._repository.root, self._digest))
+        return hash(self._identity)
 
-    def __reduce__(self) -> tuple[Callable[[Path, Digest], VersionStore], tuple[Path, Digest]]:
-        return _reopen, (self._repository.root, self._digest)
+    def __reduce__(self) -> tuple[Callable[..., VersionStore], tuple[Versions, Digest]]:
+        return type(self), self._identity
 
     def __repr__(self) -> str:
-        return f"VersionStore({str(self._repository.root)!r}, {self._digest[:12]})"
+        return f"VersionStore({self._reader.versions!r}, {self.digest[:12]})"
+
+    @property
+    def _identity(self) -> tuple[Versions, Digest]:
+        return self._reader.versions, self._reader.digest
+
+    @property
+    def digest(self) -> Digest:
+        """Of the manifest."""
+        return self._reader.digest
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._reader.manifest
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of files and weights that were read through this store."""
+        return self._reader.nbytes_read
+
+    @property
+    def weights(self) -> Weights:
+        """The weights by the names that the framework gave them; opening one reads none of its values."""
+        return Weights(self)
 
     def with_read_only(self, read_only: bool = False) -> Self:
         """Another one, not open yet. Raises: ValueError: for `read_only=False`; a version never changes."""
         if not read_only:
             raise ValueError("a version is read-only: publish a new one")
-        return type(self)(self._repository, self._digest)
+        return type(self)(*self._identity)
 
     # --- reading
 
     def get_sync(self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value, or the range of it, verified; None where the version has no such key. Raises: ChunkMissingError, ChunkAlteredError."""
-        value = self._values.get(key)
-        if value is None:
-            return None
-        start, stop = _range(len(value) if isinstance(value, bytes) else value.nbytes, byte_range)
-        data = value[start:stop] if isinstance(value, bytes) else self._read(value, start, stop)
-        return (prototype or default_buffer_prototype()).buffer.from_bytes(data)
-
-    def _read(self, chunk: _Chunk, start: int, stop: int) -> bytes:
-        data = self._repository.read_array(chunk.array, min(chunk.start + start, chunk.stop), min(chunk.start + stop, chunk.stop))
-        return data.ljust(stop - start, b"\0")
+        data = self._reader.read(key, span_of(byte_range))
+        return None if data is None else (prototype or default_buffer_prototype()).buffer.from_bytes(data)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """As `get_sync`, in a thread: reading and hashing 4 MiB takes milliseconds."""
         if not self._is_open:
             await self._open()
-        if isinstance(self._values.get(key), _Chunk):
+        if isinstance(self._reader.keys.find(key), Chunk):
             return await asyncio.to_thread(self.get_sync, key, prototype=prototype, byte_range=byte_range)
         return self.get_sync(key, prototype=prototype, byte_range=byte_range)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+        return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))
+
+    def get_ranges_sync(
+        self,
+        key: str,
+        byte_ranges: Sequence[ByteRequest | None],
+        *,
+        prototype: BufferPrototype,
+        **_limits: int,
+    ) -> Sequence[tuple[int, Buffer | None]]:
+        """Several ranges of one value, as zarr ≥ 3.3 asks for them: no blob is read twice, none for the gap between two ranges.
+
+        Raises: BaseExceptionGroup: around FileNotFoundError: no such key (zarr's contract).
+        """
+        parts = self._reader.read_many(key, [span_of(byte_range) for byte_range in byte_ranges])
+        if parts is None:
+            raise BaseExceptionGroup("no such key", [FileNotFoundError(key)])
+        return [(index, prototype.buffer.from_bytes(part)) for index, part in enumerate(parts)]
+
+    async def get_ranges(
+        self,
+        key: str,
+        byte_ranges: Sequence[ByteRequest | None],
+        *,
+        prototype: BufferPrototype,
+        **limits: int,
+    ) -> AsyncIterator[Sequence[tuple[int, Buffer | None]]]:
+        """As `get_ranges_sync`, in a thread, all in one batch."""
+        yield await asyncio.to_thread(self.get_ranges_sync, key, byte_ranges, prototype=prototype, **limits)
 
     async def exists(self, key: str) -> bool:
-        return key in self._values
+        return key in self._reader.keys
 
     async def getsize(self, key: str) -> int:
         """Raises: FileNotFoundError: no such key (zarr's contract)."""
-        value = self._values.get(key)
-        if value is None:
+        size = self._reader.size(key)
+        if size is None:
             raise FileNotFoundError(key)
-        return len(value) if isinstance(value, bytes) else value.nbytes
+        return size
 
     # --- listing
 
     async def list(self) -> AsyncIterator[str]:
-        for key in self._values:
+        for key in self._reader.keys.under(""):
             yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        for key in self._values:
-            if key.startswith(prefix):
-                yield key
+        folder, _, name = prefix.rpartition("/")
+        for key in self._reader.keys.under(folder, name):
+            yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        folder = prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""
-        for name in dict.fromkeys(key.removeprefix(folder).partition("/")[0] for key in self._values if key.startswith(folder)):
+        for name in self._reader.keys.children(prefix.rstrip("/")):
             yield name
 
     # --- writing, which a version does not allow
@@ -151,76 +178,54 @@ class VersionStore(Store):
         self._refuse()
 
 
-def open_group(repository: Repository, digest: Digest) -> zarr.Group:
-    """The version as a zarr group; its attributes hold framework, entry, info and the manifest's own attributes."""
-    return zarr.open_group(VersionStore(repository, digest), mode="r", zarr_format=3)
+class Weights(Mapping[str, zarr.Array[Any]]):
+    """A version's weights: name → zarr array, made when it is asked for. `repr` tells how many there are, iterating gives their names."""
+
+    def __init__(self, store: VersionStore) -> None:
+        self.store = store
+        self._nodes = store._reader.weights  # noqa: SLF001 (its other half)
+
+    def __getitem__(self, name: str) -> zarr.Array[Any]:
+        """Raises: KeyError: the version has no such weight."""
+        return zarr.open_array(self.store, path=self._nodes[name], mode="r", zarr_format=3)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._nodes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._nodes)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __repr__(self) -> str:
+        return f"Weights({len(self)} of {self.store.digest[:12]})"
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes that were read through the store of these."""
+        return self.store.nbytes_read
 
 
-def open_array(repository: Repository, digest: Digest, path: str) -> zarr.Array[Any]:
+def open_group(versions: Versions | Repository, digest: Digest) -> zarr.Group:
+    """The version as a zarr group; its attribute `tether` holds framework, entry, info and the manifest's own attributes."""
+    return zarr.open_group(VersionStore(versions, digest), mode="r", zarr_format=3)
+
+
+def open_array(versions: Versions | Repository, digest: Digest, path: str) -> zarr.Array[Any]:
     """One array of a version by the manifest's path: `files/model.onnx`. Reading it reads nothing else."""
-    return zarr.open_array(VersionStore(repository, digest), path=node_name(path), mode="r", zarr_format=3)
+    return zarr.open_array(VersionStore(versions, digest), path=node_of(path), mode="r", zarr_format=3)
 
 
-def _reopen(root: Path, digest: Digest) -> VersionStore:
-    repository = Repository.open(root, read_only=True)
-    # Nobody else knows this opening: it ends with the last store and array that use it.
-    store = VersionStore(repository, digest)
-    weakref.finalize(store, repository.close)
-    return store
-
-
-def _range(size: int, byte_range: ByteRequest | None) -> tuple[int, int]:
+def span_of(byte_range: ByteRequest | None) -> Span:
+    """What zarr means by a range. Raises: ValueError: it is none of zarr's."""
     match byte_range:
         case None:
-            return 0, size
+            return lambda size: (0, size)
         case RangeByteRequest(start, end):
-            return min(start, size), max(min(start, size), min(end, size))
+            return lambda size: (min(start, size), max(min(start, size), min(end, size)))
         case OffsetByteRequest(offset):
-            return min(offset, size), size
+            return lambda size: (min(offset, size), size)
         case SuffixByteRequest(suffix):
-            return max(0, size - suffix), size
+            return lambda size: (max(0, size - suffix), size)
     raise ValueError(f"Unexpected byte_range, got {byte_range}.")
-
-
-def _values(manifest: Manifest) -> dict[str, _Value]:
-    """Every key of the version: groups, arrays, chunks."""
-    described = {name: msgspec.to_builtins(getattr(manifest, name)) for name in ("framework", "entry", "info", "attributes")}
-    values: dict[str, _Value] = {"zarr.json": _group(described)}
-    for array in manifest.arrays:
-        node = node_name(array.path)
-        parents = node.split("/")[:-1]
-        for depth in range(len(parents)):
-            values.setdefault("/".join([*parents[: depth + 1], "zarr.json"]), _group({}))
-        values |= _array_values(node, array)
-    return values
-
-
-def _group(attributes: dict[str, Any]) -> bytes:
-    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}).encode()
-
-
-def _array_values(node: str, array: ArrayEntry) -> dict[str, _Value]:
-    chunks = chunk_shape(array.shape, DTYPES[array.dtype])
-    values: dict[str, _Value] = {f"{node}/zarr.json": _array(array, chunks)}
-    nbytes = DTYPES[array.dtype] * math.prod(chunks)
-    counts = [math.ceil(extent / chunk) for extent, chunk in zip(array.shape, chunks, strict=True)]
-    for index in product(*map(range, counts)):
-        start = nbytes * (index[0] if index else 0)
-        key = "/".join([node, "c", *map(str, index)])
-        values[key] = _Chunk(array, start, min(start + nbytes, array.nbytes), nbytes)
-    return values
-
-
-def _array(array: ArrayEntry, chunks: tuple[int, ...]) -> bytes:
-    document = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": array.shape,
-        "data_type": array.dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": False if array.dtype == "bool" else 0,
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}} if DTYPES[array.dtype] > 1 else {"name": "bytes"}],
-        "attributes": {},
-    }
-    return json.dumps(document).encode()

@@ -9,7 +9,7 @@ import dask.config
 from distributed import Worker
 
 from tether.config import DataFolder
-from tether.worker.service import make_plugin
+from tether.worker.service import Cluster, make_plugin
 
 __all__ = ["dask_setup"]
 
@@ -27,4 +27,6 @@ async def dask_setup(worker: Worker) -> None:
         raise SystemExit(2)
     name = re.sub(r"[^\w.-]+", "-", str(worker.name))  # Dask names a worker that was given none after its address; here it names a folder
     folder = DataFolder.locate(dask.config.get("tether.data", None)).create()
-    await worker.plugin_add(plugin=make_plugin(folder, name, worker.state.nthreads))
+    cluster = Cluster(worker.scheduler.address, worker.security.get_connection_args("worker"))
+    plugin = make_plugin(folder, name, worker.state.nthreads, cluster)
+    await worker.plugin_add(plugin=plugin)

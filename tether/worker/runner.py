@@ -20,6 +20,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -54,6 +55,7 @@ class _Load(msgspec.Struct, tag="load", frozen=True):
     path: str
     info: ModelInfo
     threads: int
+    scratch: str = ""
 
 
 class _Run(msgspec.Struct, tag="run", frozen=True):
@@ -73,14 +75,16 @@ _Request = _Warm | _Load | _Run
 _Reply = _Done | _Failed
 
 
-def load_model(path: Path, info: ModelInfo, threads: int = 1, pool: RunnerPool | None = None) -> LoadedModel:
+def load_model(path: Path, info: ModelInfo, threads: int = 1, pool: RunnerPool | None = None, scratch: Path | None = None) -> LoadedModel:
     """Bring a model into memory where its format belongs: data in this process, code in a runner.
+
+    `scratch`: of an encrypted model, where its library may unpack it; what such a model prints goes to no log.
 
     Raises: BadModelError, MissingDependencyError; LoadFailedError: the runner died while it loaded.
     """
     if not info.code:
         return load(path, info, threads)
-    return RunnerModel(path, info, threads, pool or default_pool())
+    return RunnerModel(path, info, threads, pool, scratch)
 
 
 @functools.cache
@@ -150,9 +154,10 @@ class RunnerPool:
 class RunnerModel:
     """A `LoadedModel` in another process. If that dies, the call that it was on fails and the next one starts it anew."""
 
-    def __init__(self, path: Path, info: ModelInfo, threads: int = 1, pool: RunnerPool | None = None) -> None:
+    def __init__(self, path: Path, info: ModelInfo, threads: int = 1, pool: RunnerPool | None = None, scratch: Path | None = None) -> None:
+        """As `load_model`."""
         self.info = info
-        self._message = _Load(str(Path.cwd() / path), info, threads)
+        self._message = _Load(str(Path.cwd() / path), info, threads, str(scratch or ""))
         self._pool = pool or default_pool()
         self._closed = False
         self._process: _Process | None = self._start()
@@ -194,6 +199,7 @@ class RunnerModel:
 
     def _start(self) -> _Process:
         process = self._pool.take(self.info.framework)
+        process.is_discreet = bool(self._message.scratch)
         try:
             process.ask(self._message)
         except _DeadError:
@@ -223,6 +229,8 @@ class _Process:
         self._out, self._in = arenas
         self._owed = 0
         """Answers that were not waited for."""
+        self.is_discreet = False
+        """Whether its output is dropped: it may tell what is in an encrypted model."""
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._reader = threading.Thread(target=self._log_output, name=f"runner-log-{popen.pid}", daemon=True)
         self._reader.start()
@@ -308,6 +316,8 @@ class _Process:
         assert pipe is not None  # noqa: S101 (Popen was given PIPE)
         with pipe:
             while line := pipe.readline(8192):
+                if self.is_discreet:
+                    continue
                 text = line.decode(errors="replace").rstrip()
                 self._tail.append(text)
                 _log.info("runner %d: %s", self._popen.pid, text)
@@ -399,7 +409,9 @@ class _Server:
                 case _Warm(framework):
                     warm(framework)
                     return _Done()
-                case _Load(path, info, threads):
+                case _Load(path, info, threads, scratch):
+                    if scratch:
+                        os.environ["TMPDIR"] = tempfile.tempdir = scratch
                     os.environ["OMP_NUM_THREADS"] = str(threads)  # for what a custom model imports; the others are told by `load`
                     self._model = load(Path(path), info, threads)
                     return _Done()

@@ -9,27 +9,38 @@ import importlib
 import os
 import shutil
 from collections.abc import Coroutine, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import dask.config
+import msgspec
 import psutil
+from dask.utils import parse_bytes
 from distributed import Security, Worker
+from distributed.core import connect, rpc
 
 from tether.config import HOUSEKEEPING, ORCHESTRATOR_PORT, DataFolder, Limits
-from tether.errors import UntrustedCodeError
-from tether.ports import LoadedModel
+from tether.errors import ConfigError, NotWriterError, ServiceUnavailableError, from_code
+from tether.routing.table import Table
 from tether.security.tls import ensure_tls
-from tether.store import Repository
+from tether.security.volatile import sweep
+from tether.store.cache import default_nbytes
 from tether.telemetry.service import Life, run_service
-from tether.types import ModelRef, ModelVersion
-from tether.worker.engine import Engine, Source
+from tether.worker.engine import Engine
+from tether.worker.manager_blobs import ManagerBlobs
+from tether.worker.model_files import ModelFiles, load_pinned
 from tether.worker.plugin import EnginePlugin
-from tether.worker.runner import default_pool, load_model
+from tether.worker.runner import default_pool
 
-__all__ = ["main", "make_plugin"]
+__all__ = ["Cluster", "main", "make_plugin"]
+
+_CONNECT = 2.0
+"""Seconds: Dask tries again and again until then."""
+_ANSWER = 20.0
+"""Seconds for one operation of the manager: a blob of 4 MiB over 2 Mbit/s."""
 
 
 class _Worker(Worker):  # type: ignore[misc]  # distributed is untyped
@@ -39,13 +50,94 @@ class _Worker(Worker):  # type: ignore[misc]  # distributed is untyped
         """Listen on nothing."""
 
 
-def make_plugin(folder: DataFolder, name: str, threads: int) -> EnginePlugin:
-    """An engine over the data folder's store, for a Dask worker of this name."""
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """How to reach the cluster's other services."""
+
+    orchestrator: str
+    connection_args: dict[str, Any]
+    """Of Dask's comms: the worker's certificate."""
+
+
+class _Manager:
+    """The manager, wherever the orchestrator says that it is now. Belongs to one event loop."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._rpc: rpc | None = None
+
+    async def ask(self, operation: str, **arguments: Any) -> Any:
+        """Raises: ServiceUnavailableError: it does not answer, or none is known; what it answers as an error of the tree."""
+        try:
+            async with asyncio.timeout(_ANSWER):
+                manager = await self._connected()
+                answer = await getattr(manager, f"tether_{operation}")(**arguments)
+        except ServiceUnavailableError:
+            raise
+        except (OSError, TimeoutError) as error:
+            await self.close()  # the next call asks the orchestrator where it is
+            raise ServiceUnavailableError(f"the manager does not answer ({error}); the supervisor restarts it, try again") from error
+        if "error" in answer:
+            code, *args = answer["error"]
+            if code == NotWriterError.code:  # another one took over
+                await self.close()
+            raise from_code(code, *args)
+        return answer["answer"]
+
+    async def _connected(self) -> rpc:
+        if self._rpc is None:
+            table = await self._table()
+            if table.manager is None:
+                raise ServiceUnavailableError("the model manager is away; the supervisor restarts it, try again in a few seconds")
+            if self._rpc is None:  # of two callers one makes the connections, the other finds them
+                self._rpc = rpc(table.manager, timeout=_CONNECT, connection_args=self._cluster.connection_args)
+        return self._rpc
+
+    async def _table(self) -> Table:
+        comm = await connect(self._cluster.orchestrator, timeout=_CONNECT, **self._cluster.connection_args)
+        try:
+            await comm.write({"op": "tether_table", "reply": True})
+            return msgspec.msgpack.decode((await comm.read())["table"], type=Table)
+        finally:
+            comm.abort()
+
+    async def close(self) -> None:
+        """Drop the connections; a second call does nothing."""
+        old, self._rpc = self._rpc, None
+        if old is not None:
+            await old.close_rpc()
+
+
+class _Engine(Engine):
+    """The engine of a process, with the stores that its models come from."""
+
+    def __init__(self, sockets: Path, files: ModelFiles, threads: int) -> None:
+        super().__init__(sockets, files.fetch, partial(load_pinned, threads), Limits().batch_rows)
+        self._files = files
+
+    def close(self) -> None:
+        """Unload everything and close the stores."""
+        super().close()
+        self._files.close()
+
+
+def make_plugin(folder: DataFolder, name: str, threads: int, cluster: Cluster) -> EnginePlugin:
+    """An engine for a Dask worker of this name, over the data folder's store, else over what it fetches from the manager."""
+    sweep()  # of what a killed worker left in memory
     sockets = _socket_folder(folder.runtime, name)
-    # opened for the first model: a worker may be up before the manager has made the store
-    store = cache(partial(Repository.open, folder.store, read_only=True))
-    engine = Engine(sockets, lambda model: _fetch(store(), model), partial(_load, threads), Limits().batch_rows)
-    return EnginePlugin(engine, sockets)
+    manager = _Manager(cluster)
+    blobs = ManagerBlobs(manager.ask, manager.close)
+    files = ModelFiles(folder.store, folder.replicas / name, blobs, _cache_nbytes(folder))
+    return EnginePlugin(_Engine(sockets, files, threads), sockets)
+
+
+def _cache_nbytes(folder: DataFolder) -> int:
+    """Raises: ConfigError."""
+    configured = dask.config.get("tether.cache", None)
+    try:
+        return default_nbytes(folder.root) if configured is None else int(parse_bytes(configured))
+    except ValueError as error:
+        raise ConfigError(f"tether.cache is {configured!r}: give a number of bytes, as 20GB ({error})") from None
 
 
 def _socket_folder(runtime: Path, name: str) -> Path:
@@ -68,20 +160,6 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _fetch(repository: Repository, model: ModelVersion) -> Source:
-    """Raises: UntrustedCodeError: trust is asked for at every load, since it can be taken away; what resolving and checking out raise."""
-    manifest = repository.manifest(model.digest)
-    publisher = repository.resolve(ModelRef.parse(str(model))).publisher
-    if manifest.info.code and not repository.trusted(publisher, "code"):
-        advice = f"if you know whose key that is: tether trust {publisher} --code"
-        raise UntrustedCodeError(f"{model} can run code and its publisher is not trusted for code; {advice}")
-    return Source(repository.checkout(model.digest) / manifest.entry, manifest.info)
-
-
-def _load(threads: int, source: Source) -> LoadedModel:
-    return load_model(source.path, source.info, threads)
-
-
 def _warm_up() -> None:
     """The import costs 0.2 s, which the first request need not pay."""
     with contextlib.suppress(ImportError):
@@ -102,7 +180,7 @@ def _command(orchestrator: str, data: str | None, name: str, host: str, port: in
     security = Security(**ensure_tls(folder.tls, "worker").security())
 
     async def serve(life: Life) -> None:
-        plugin = make_plugin(folder, name, threads)
+        plugin = make_plugin(folder, name, threads, Cluster(orchestrator, security.get_connection_args("worker")))
         async with _Worker(
             orchestrator,
             name=name,

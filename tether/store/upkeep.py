@@ -1,0 +1,192 @@
+"""How a store stays whole: verify, scrub, repair, rebuild the index, give up what was never published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tether.store import mirror_tables
+from tether.store.collected import GcReport
+from tether.store.collection import GRACE
+from tether.store.collector import Collector
+from tether.store.disk import disk_errors, sync_folder
+from tether.store.manifest import MAX_NBYTES
+from tether.store.marking import pack_files, scanned
+from tether.store.mirror_tables import CatalogState, Footing
+from tether.store.publishing import Publishing
+from tether.store.records import Report
+from tether.store.repair import RepairReport, Source, fetched
+from tether.store.reserve import reserve_of
+from tether.store.scrubbing import Cursor, Scrubbed, scrub
+from tether.store.staging import Planned, Run
+from tether.store.verification import Damage, problem, survey
+from tether.types import Digest, ModelRef
+
+__all__ = ["Upkeep"]
+
+_BROKEN = ".broken"
+"""Ending of a pack that was set aside because its index can't be read and nothing needs it any more. For people to look at, or delete."""
+
+
+class Upkeep(Publishing):
+    """The maintenance half of a `Repository`."""
+
+    def __init__(self, root: Path, clock: Callable[[], float], *, read_only: bool) -> None:
+        super().__init__(root, clock, read_only=read_only)
+        self._reserve = reserve_of(root)
+        self._collector = Collector(self._surroundings, self._marker, self._blobs.read_into, self._blobs.files.let_go_of_deleted)
+
+    def verify(self, ref: ModelRef | None = None) -> Report:
+        """Read every byte of a version (None: of all versions and packs) and say what is damaged. Raises for an unknown `ref` only."""
+        return self._survey(ref).report
+
+    def _survey(self, ref: ModelRef | None) -> Damage:
+        versions = [self._catalog.resolve(ref)] if ref else [version for model in self.models() for version in model.versions]
+        damage = survey(versions, self.manifest_bytes, self._blobs, [] if ref else self._pack_files())
+        forged = [
+            problem(f"{version.name}:{version.version}", version.digest, error) for version, error in self._signatures.wrong(versions)
+        ]
+        return damage._replace(report=replace(damage.report, problems=(*damage.report.problems, *forged)))
+
+    def scrub(
+        self, limit_nbytes_per_second: float, stop: Callable[[], bool] = lambda: False, start_after: Cursor | None = None
+    ) -> Iterator[Scrubbed]:
+        """Read all packs at a bounded rate, on the thread that iterates; gives each blob's cursor, to go on behind it, and its problem."""
+        known = {self.root / "packs" / name for name in self._catalog.packs()}
+        return scrub([*known.union(self._pack_files())], self._blobs, limit_nbytes_per_second, stop, start_after)
+
+    def repair(self, source: Source, ref: ModelRef | None = None) -> RepairReport:
+        """Mend what is missing or altered of a version (None: of all, and of all packs) with what `source` has; call again for another.
+
+        Good blobs of a pack whose index is lost move to a new pack, and it is set aside.
+        """
+        self._check_writable()
+        found: dict[Digest, None] = {}
+        failed: list[Digest] = []
+        damage = self._survey(ref)
+        if damage.manifests:
+            found |= dict.fromkeys(damage.manifests)
+            for digest, data in fetched(damage.manifests, source, failed, MAX_NBYTES):
+                self._write_manifest(digest, data)
+            damage = self._survey(ref)  # now it is known what those versions need
+        salvaged = [line.digest for name in damage.packs for line in self._catalog.blobs_in(name)]
+        whole = [digest for digest in salvaged if digest not in set(damage.blobs)]
+        self._restore(fetched(damage.blobs, source, failed))
+        self._restore((digest, self.read_blob(digest)) for digest in whole)
+        self._set_aside(damage.packs)
+        found |= dict.fromkeys([*damage.blobs, *whole])
+        return RepairReport(tuple(found), tuple(digest for digest in found if digest not in set(failed)), tuple(failed))
+
+    def _restore(self, blobs: Iterator[tuple[Digest, bytes]]) -> None:
+        """Put blobs into a new pack, whatever the catalog says of where they lie."""
+        run, digests = Run(), []
+        for digest, data in blobs:
+            digests.append(digest)
+            while (slot := self._staging.reserve(Planned(digest, len(data), 0), run)) is not None:
+                if self._staging.fill(slot, data):
+                    break
+        with self._publishing:
+            self._store(digests)
+
+    def _set_aside(self, broken: Sequence[str]) -> None:
+        for name in broken:
+            if self._catalog.blobs_in(name):
+                continue  # some could not be repaired: another source may be asked
+            with self._publishing, self._shared.deleting(), disk_errors(self.root / "packs"):
+                claims, unknown = self._shared.claims()
+                if not unknown and name not in claims:  # else others read its blobs, which their catalogs can find without its index
+                    path = self.root / "packs" / name
+                    path.replace(path.with_name(name + _BROKEN))
+                    sync_folder(path.parent)
+            self._catalog.forget_pack(name)
+
+    def gc(self, *, dry_run: bool = False, grace: float = GRACE) -> GcReport:
+        """Delete what no version names, once it is `grace` seconds old; `dry_run` only says what would be done, and why.
+
+        What was staged and not added to in a day goes, too.
+
+        Raises: ConflictError: it runs already.
+        """
+        self._check_writable()
+        report = self._collector.collect(dry_run=dry_run, grace=grace)
+        if not dry_run:
+            with self._publishing:
+                self._staging.give_up(self._clock())
+            self._reserve.keep()
+        return report
+
+    def forget_store(self, store: str) -> str:
+        """Take a store that is gone for good (by the id that `gc` names) out of a shared folder of packs; gives its host and data folder.
+
+        Raises: NotFoundError: no other store of this id uses it.
+        """
+        self._check_writable()
+        with self._publishing:
+            return self._shared.forget(store)
+
+    def rebuild_index(self) -> int:
+        """Forget where blobs lie and read it from the packs again; gives how many packs there are. Broken packs are left out."""
+        self._check_writable()
+        with self._publishing:
+            found = {path.name: index for path in self._pack_files() if (index := scanned(path)) is not None}
+            self._catalog.add_packs(found, replace=True)
+        return len(found)
+
+    def clear_staging(self) -> None:
+        """Give up all uploads that were not published: frees space on a full disk."""
+        self._check_writable()
+        with self._publishing:
+            self._staging.clear(self._catalog.packs())
+
+    # --- of several stores in a cluster
+
+    def footing(self) -> Footing:
+        """Which of them this is, and how far it has come."""
+        self._check_writable()
+        with self._catalog.reading() as db:
+            known = mirror_tables.footing(db)
+        if known is None:
+            with self._catalog.writing() as db:
+                known = mirror_tables.enter(db)
+        return known
+
+    def set_own(self, publisher: str) -> None:
+        """Be the store of this lab (key, hex): the publisher that bare names mean first."""
+        self._check_writable()
+        self._catalog.set_own(publisher)
+
+    def begin_term(self, term: int) -> Footing:
+        """It is written to from now on, under the lease of this term; nothing of an earlier one is mirrored any more.
+
+        Raises: ConflictError: a later one is known.
+        """
+        self._check_writable()
+        with self._catalog.writing() as db:
+            return mirror_tables.begin_term(db, term)
+
+    def snapshot(self) -> CatalogState:
+        """All that is public in the catalog, and the model keys, wrapped."""
+        with self._catalog.reading() as db:
+            return mirror_tables.read_state(db)
+
+    def mirror(self, term: int, state: CatalogState) -> tuple[str, ...]:
+        """Make this catalog say what the writer's says, in one transaction; what the versions need is here already (`hold`).
+
+        Gives the versions that only this store has, if it was the writer before: they are taken out, a copy of the catalog as it was lies
+        beside it then, and their blobs stay until they are collected. Raises: ConflictError: a later term than this one is known.
+        """
+        self._check_writable()
+        was_writer = state.whole and self.footing().writes
+        lost = mirror_tables.lost(self.snapshot(), state) if was_writer else ()
+        if lost:
+            self._catalog.back_up(self.root / f"catalog-before-term-{term}.sqlite")
+        with self._publishing, self._catalog.writing() as db:
+            mirror_tables.apply(db, term, state, self._clock())
+        if state.rest is not None:
+            self._keeper.forget()
+        return lost
+
+    def _pack_files(self) -> list[Path]:
+        """Oldest first: of two copies of a blob the index keeps the later one, which was written because the other was damaged."""
+        return pack_files(self.root / "packs")
