@@ -15,7 +15,7 @@ import tether
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICKSTART, PIPELINE = NOTEBOOKS
+QUICKSTART, PIPELINE, INSIDE = NOTEBOOKS
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -23,7 +23,7 @@ each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: 
 def digits_are_made():
     """The data set and the models that the notebooks would make at first use; the time for it is not a notebook's."""
     subprocess.run(
-        [sys.executable, "-c", "import train; train.build(); train.write_examples()"], cwd=ROOT / "datasets", check=True, timeout=200
+        [sys.executable, "-c", "import finetune, train; train.build(); train.write_examples(); finetune.build()"], cwd=ROOT / "datasets", check=True, timeout=200
     )
 
 
@@ -56,8 +56,9 @@ def test_every_cell_gives_the_output_that_the_notebook_shows(notebook, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs_as_a_pipeline_step_and_leaves_no_lab(tmp_path):
-    run_papermill(QUICKSTART, tmp_path)
+@pytest.mark.parametrize("notebook", [QUICKSTART, INSIDE], ids=lambda path: path.stem)
+def test_a_notebook_runs_as_a_pipeline_step_and_leaves_no_lab(notebook, tmp_path):
+    run_papermill(notebook, tmp_path)
     with pytest.raises(tether.errors.NoLabError):
         tether.connect()
 
