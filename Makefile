@@ -39,8 +39,9 @@ check: $(READY)  ## format, lint, types, layers, spelling, environment.yml: unde
 lab: $(READY)  ## a lab in the foreground, until Ctrl-C
 	$(BIN)/tether up
 
-bench: $(READY)  ## requests a second beside the floor of this machine
+bench: $(READY)  ## requests a second beside the floor of this machine; the store beside the plain file
 	$(BIN)/python benchmarks/online
+	$(BIN)/python benchmarks/store
 
 chaos: $(READY)  ## the tests that kill processes, at full scale: make chaos [ROW=13] [SEED=7] [SCALE=1]
 	TETHER_CHAOS_SEED='$(SEED)' TETHER_CHAOS_SCALE='$(SCALE)' $(BIN)/python -m pytest -m chaos $(if $(ROW),-k 'row_$(ROW)')
