@@ -76,9 +76,13 @@ async def another(process, before):
 
 
 def descriptors():
-    """How many are open, less those of garbage that earlier tests left."""
+    """What is open, less the garbage of earlier tests. Connections of theirs may still close meanwhile: what counts is what comes."""
     gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
+    found = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them, or one that was closed just now
+            found.add((path.name, str(path.readlink())))
+    return found
 
 
 @contextlib.contextmanager
@@ -111,7 +115,7 @@ async def test_what_cannot_be_started_is_tried_again_and_then_said_and_leaks_not
         open_before = descriptors()
         with pytest.raises(StartFailedError, match="one does not start"):
             await process.ready()
-        assert descriptors() == open_before
+        assert not descriptors() - open_before
         assert process.restarts == 2
 
 
@@ -261,7 +265,7 @@ def test_a_start_that_is_given_up_leaves_neither_process_nor_descriptor(data, mo
     monkeypatch.setattr(select, "select", selected)
     with pytest.raises(error):
         launch(UpSettings(data, gateway=False), bound=bound)
-    assert descriptors() == open_before
+    assert not descriptors() - open_before
     assert set(psutil.Process().children()) == children
 
 
