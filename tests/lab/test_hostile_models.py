@@ -18,10 +18,11 @@ from hostile_models import BAD, Hostile, chosen, corpus
 from weight_reading import resident
 
 import tether
-from tether.client.publishing import Source, cut_file, cut_model, draft, model_sources, publish_draft
+from tether.client.publishing import EXAMPLE, Source, cut_file, cut_model, draft, model_sources, publish_draft
 from tether.errors import HostileModelError, NoSpaceError, PayloadTooLargeError, TetherError
 from tether.lab import loop
 from tether.testing.requirements import needs
+from tether.wire.npz import to_npz
 
 pytestmark = [needs("onnx"), needs("onnxruntime"), needs("h5py")]
 
@@ -365,3 +366,41 @@ def test_a_class_that_puts_links_among_its_files_publishes_nothing_from_elsewher
         lab.publish("linking", folder)
 
     assert holds(Path(lab.status().data), CANARY) == []
+
+
+REWRITING = """
+from pathlib import Path
+
+class Model:
+    inputs = outputs = [("x", "FP32", (None, 4))]
+
+    def predict(self, x):
+        return {"x": x}
+
+file = Path(__file__).parent / "weights.npy"
+file.write_bytes(bytes(file.stat().st_size))
+"""
+
+
+def test_a_class_that_writes_into_its_files_while_it_is_looked_at_changes_nothing_of_what_is_published(lab, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.py").write_text(REWRITING)
+    np.save(folder / "weights.npy", np.arange(40_000.0))
+    sent = (folder / "weights.npy").read_bytes()
+    crude = [cut_file(Source(path.name, path)) for path in sorted(folder.iterdir())]  # so that the lab cuts it again, at its tensor
+
+    async def publish():
+        client = lab.operations.client
+        for blob in (blob for file in crude for blob in file.blobs):
+            await client.put_blob(blob.digest, blob.read())
+        example = {"x": np.zeros((1, 4), np.float32)}
+        given = cut_file(Source(EXAMPLE, to_npz(example)))
+        for blob in given.blobs:
+            await client.put_blob(blob.digest, blob.read())
+        return await client.publish("rewriting", draft([*crude, given], "", framework=None, aliases=[], tags={}))
+
+    loop.run(publish())
+
+    assert (lab.export("rewriting", tmp_path / "out") / "weights.npy").read_bytes() == sent
+    np.testing.assert_array_equal(lab.models["rewriting"].weights["weights"][:], np.arange(40_000.0))

@@ -255,7 +255,11 @@ def _cut_again(intake: Intake, file: ArrayEntry, ranges: list[Piece], root: Path
         return file
     name = file.path.removeprefix(f"{FILES}/")
     _check_own(root, name)
-    return intake.add_file(root / name, name, ranges)
+    if not file.segments:  # the lab's own: what was decoded of the model's files
+        return intake.add_file(root / name, name, ranges)
+    with tempfile.TemporaryDirectory(dir=root.parent) as untouched:  # code of the model may have written into the file that it saw
+        _assemble(intake, [file], Path(untouched))
+        return intake.add_file(Path(untouched, name), name, ranges)
 
 
 def _check_own(root: Path, name: str) -> None:
