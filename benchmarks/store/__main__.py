@@ -28,6 +28,7 @@ from tether import store
 from tether.runtimes.weights import boundaries, read_index
 from tether.security.identity import Identity
 from tether.store.layout import Piece
+from tether.store.sealing import Sealing
 from tether.store.weights import tensor_arrays
 from tether.types import ModelInfo
 
@@ -35,6 +36,8 @@ HERE = Path(__file__).parent
 INFO = ModelInfo("custom", "custom", (), (), batched=True, pure=True, code=True)
 LAB = Identity(bytes(range(32)))
 MIB = 1 << 20
+SIDES = {"mapped, then summed": "tether", "summed as verified": "tether-sums"}
+"""Ways to use what is loaded → how `loading.py` calls them."""
 
 
 def publish(repository: store.Repository, path: Path) -> store.Published:
@@ -44,6 +47,18 @@ def publish(repository: store.Repository, path: Path) -> store.Published:
     arrays = (*files, *tensor_arrays(files, read_index(path.parent, "custom")))
     manifest = store.encode(store.Manifest(framework="custom", entry="", info=INFO, arrays=arrays))
     return repository.publish(path.stem, manifest, LAB.public, LAB.sign(store.signed_message(manifest)))
+
+
+def publish_encrypted(repository: store.Repository, path: Path) -> store.Published:
+    """The same, encrypted on the way in."""
+    intake = Sealing(repository, LAB.public).intake(path.stem)
+    ranges = [Piece(*each) for found in boundaries(path.parent, "custom").values() for each in found]
+    files = [intake.add_file(path, path.name, ranges)]
+    arrays = (*files, *tensor_arrays(files, read_index(path.parent, "custom")))
+    manifest = intake.finished(store.Manifest(framework="custom", entry="", info=INFO, arrays=arrays))
+    published = repository.publish(path.stem, manifest, LAB.public, LAB.sign(store.signed_message(manifest)))
+    intake.settle()
+    return published
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -74,22 +89,40 @@ def publishing(path: Path, folder: Path, rounds: int) -> dict[str, object]:
 def loading(path: Path, folder: Path, rounds: int) -> Iterator[dict[str, object]]:
     with store.Repository.open(folder / "loading") as repository:
         publish(repository, path)
-    ours = {"mapped, then summed": "tether", "summed as verified": "tether-sums"}
     theirs = {"safetensors.numpy": "numpy", "safetensors.torch, lazy": "torch"}
-    seconds: dict[str, list[float]] = {side: [] for side in (*ours.values(), *theirs.values())}
+    seconds: dict[str, list[float]] = {side: [] for side in (*SIDES.values(), *theirs.values())}
     sums = set()
     for _ in range(rounds):
         for side, taken in seconds.items():
             arguments = [str(folder / "loading"), path.stem] if side.startswith("tether") else [str(path)]
-            said = subprocess.run([sys.executable, HERE / "loading.py", side, *arguments], check=True, capture_output=True, text=True)
-            took, total = map(float, said.stdout.split())
+            took, total = in_a_fresh_process(side, *arguments)
             taken.append(took)
             sums.add(round(total))
     if max(sums) - min(sums) > 1 + 1e-4 * max(map(abs, sums)):
         raise SystemExit(f"the sides did not sum the same weights: {sums}")
-    for name, side in ours.items():
+    for name, side in SIDES.items():
         for reference, other in theirs.items():
             yield row(f"load {path.name}, {name}", reference, seconds[other], seconds[side])
+
+
+def loading_encrypted(path: Path, folder: Path, rounds: int) -> Iterator[dict[str, object]]:
+    """Beside the plain one, which lies in `folder / "loading"`."""
+    with store.Repository.open(folder / "encrypted" / "store") as repository:
+        publish_encrypted(repository, path)
+    for name, side in SIDES.items():
+        seconds: dict[Path, list[float]] = {folder / "loading": [], folder / "encrypted" / "store": []}
+        for _ in range(rounds):
+            for place, taken in seconds.items():
+                taken.append(in_a_fresh_process(side, str(place), path.stem)[0])
+        yield row(f"load {path.name}, encrypted, {name}", "plain", *seconds.values())
+    shutil.rmtree(folder / "encrypted")
+
+
+def in_a_fresh_process(side: str, *arguments: str) -> tuple[float, float]:
+    """Seconds, and the sum of all weights."""
+    said = subprocess.run([sys.executable, HERE / "loading.py", side, *arguments], check=True, capture_output=True, text=True)
+    took, total = map(float, said.stdout.split())
+    return took, total
 
 
 def verifying(path: Path, folder: Path, rounds: int) -> dict[str, object]:
@@ -134,6 +167,8 @@ def measure(folder: Path, nbytes: int, rounds: int) -> Iterator[dict[str, object
     for path in (big, little):
         yield publishing(path, folder, min(rounds, 5))
         yield from loading(path, folder, rounds)
+        if path is big:
+            yield from loading_encrypted(path, folder, rounds)
         yield verifying(path, folder, 3)
         shutil.rmtree(folder / "loading")
     yield from second_versions(folder)
