@@ -161,8 +161,15 @@ class Catalog:
         return self._writing()
 
     def scrub(self) -> None:
-        """Leave nothing of what was overwritten or deleted in the catalog's files. Raises: ConflictError: a reader is in the way."""
+        """Leave nothing of what was overwritten or deleted in the catalog's files.
+
+        The files are written anew: `secure_delete` clears what a row gives up, not what is left behind where SQLite moved a row to another
+        page (seen after one of ten rotations of 250 keys).
+
+        Raises: ConflictError: a reader is in the way; NoSpaceError.
+        """
         with self._lock, self._single_lock, self._errors():
+            self._db.execute("VACUUM")
             (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
             raise ConflictError(f"another process keeps reading {self._path}, so that its log can't be emptied: try again when it is done")
