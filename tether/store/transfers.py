@@ -130,12 +130,12 @@ class Transfers:
                 if not coming:
                     return
                 wanted, task = coming[0]
-                data = await task
+                await asyncio.wait([task])  # whose cancelling is for `finally`: alone, it would make room for the next asking
                 coming.popleft()
                 nbytes -= wanted.nbytes
-                yield wanted, data
+                yield wanted, task.result()
         finally:
-            await _cancelled(task for _, task in coming)
+            await _cancelled(task for _, task in reversed(coming))  # the last first: no room is made for one that ends as well
 
     def _flight(self, wanted: Wanted, urgency: int) -> _Flight:
         flight = self._flights.get(wanted.digest)
