@@ -27,9 +27,9 @@ import tether
 from tether import store
 from tether.runtimes.weights import boundaries, read_index
 from tether.security.identity import Identity
-from tether.store.layout import Piece
+from tether.store.format.layout import Piece
+from tether.store.format.weights import tensor_arrays
 from tether.store.sealing import Sealing
-from tether.store.weights import tensor_arrays
 from tether.types import ModelInfo
 
 HERE = Path(__file__).parent

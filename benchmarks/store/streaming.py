@@ -24,9 +24,9 @@ from tether.ports import LoadedModel
 from tether.runtimes import inspect, load
 from tether.runtimes.weights import boundaries, read_index
 from tether.security.identity import Identity
-from tether.store.layout import Piece
-from tether.store.replicated import Replicated
-from tether.store.weights import tensor_arrays
+from tether.store.format.layout import Piece
+from tether.store.format.weights import tensor_arrays
+from tether.store.replicas.replicated import Replicated
 from tether.testing.blob_sources import MemoryBlobSource
 from tether.types import Digest, ModelFormat, ModelInfo
 from tether.worker.runner import RunnerModel, RunnerPool

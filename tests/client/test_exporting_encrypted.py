@@ -5,8 +5,8 @@ import pytest
 
 from tether.client.exporting import checked_segment, fetch_file, is_encrypted, stored_files
 from tether.errors import ChunkAlteredError, MalformedManifestError
-from tether.store.encrypted import ModelContext, ModelKey, Sealer, seal_manifest
-from tether.store.manifest import ArrayEntry, Manifest, Segment, digest_of, encode
+from tether.store.format.encrypted import ModelContext, ModelKey, Sealer, seal_manifest
+from tether.store.format.manifest import ArrayEntry, Manifest, Segment, digest_of, encode
 from tether.types import ModelInfo
 
 KEY, CONTEXT = ModelKey(bytes(32)), ModelContext("ab" * 32, "digits")

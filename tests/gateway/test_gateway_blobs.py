@@ -13,8 +13,8 @@ from tether.errors import RemoteError, ServiceUnavailableError, UnauthenticatedE
 from tether.manager.operations import Operations
 from tether.security.identity import Identity
 from tether.store import Repository
-from tether.store.fetching import FetchRules
-from tether.store.replicated import Replicated
+from tether.store.replicas.fetching import FetchRules
+from tether.store.replicas.replicated import Replicated
 from tether.testing.blob_sources import BlobSourceSuite, publish_bytes
 
 LAB = Identity(bytes(range(32)))

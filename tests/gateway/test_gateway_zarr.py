@@ -12,8 +12,8 @@ from zarr.storage import FsspecStore, ObjectStore
 from tether.manager.operations import Operations
 from tether.security.identity import Identity
 from tether.store import BLOB_NBYTES, DraftStore, Manifest, Repository, encode, gateway_kvstore, signed_message
-from tether.store.weights import tensor_arrays, tensor_path
-from tether.store.zarr_keys import node_of
+from tether.store.format.weights import tensor_arrays, tensor_path
+from tether.store.hierarchy.zarr_keys import node_of
 from tether.types import ModelInfo, ModelRef, StoredTensor
 
 LAB = Identity(bytes(range(32)))

@@ -8,7 +8,7 @@ from tether.manager.feed import Changes
 from tether.ports import SignedManifest
 from tether.security.identity import Identity
 from tether.store import Manifest, Repository, encode, signed_message
-from tether.store.encrypted import ModelContext
+from tether.store.format.encrypted import ModelContext
 from tether.types import ModelInfo, ModelRef
 
 LAB = Identity(bytes(range(32)))

@@ -14,7 +14,7 @@ from weight_reading import read_tensors
 from tether.errors import BadModelError, HostileModelError, NoModelFileError, NoSpaceError, StoreError
 from tether.runtimes.weights import CONVERTED, boundaries, limits, read_index
 from tether.runtimes.weights.sinks import Sink
-from tether.store import layout, weights
+from tether.store.format import layout, weights
 from tether.types import StoredTensor
 
 FLOATS = np.arange(4, dtype="<f4")

@@ -13,7 +13,8 @@ from pathlib import Path
 from crashing import in_fork
 from store_models import LAB, manifest_of, seeded
 
-from tether.store import Repository, collection_tables, digest_of, signed_message
+from tether.store import Repository, digest_of, signed_message
+from tether.store.index import collection_tables
 from tether.types import ModelRef
 
 HOUR = 3600.0

@@ -17,8 +17,8 @@ from pathlib import Path
 from store_models import LAB, files_in, files_of, publish, seeded
 
 from tether.store import Repository
-from tether.store.disk import dead_partials
-from tether.store.manifest import digest_of
+from tether.store.format.manifest import digest_of
+from tether.store.packing.disk import dead_partials
 from tether.types import ModelRef
 
 DIGITS = ModelRef("digits")

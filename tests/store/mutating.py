@@ -13,11 +13,11 @@ from store_models import COLLEAGUE, INFO, LAB, seeded
 from tether import store
 from tether.errors import NotFoundError
 from tether.store import Repository
-from tether.store.layout import Piece
-from tether.store.manifest import Manifest
-from tether.store.packs import scan
+from tether.store.format.layout import Piece
+from tether.store.format.manifest import Manifest
+from tether.store.format.weights import tensor_arrays
+from tether.store.packing.pack_files import scan
 from tether.store.sealing import Intake, PlainIntake, Sealing
-from tether.store.weights import tensor_arrays
 from tether.types import ModelRef, StoredTensor
 
 REFS = ("digits", "digits:1", "digits:2", "digits@prod", "alice/texts", "digits@old", "secret")

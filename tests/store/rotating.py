@@ -12,9 +12,9 @@ from crashing import in_fork
 from store_models import LAB
 
 from tether.security.keyring import Keyring
-from tether.store.catalog import Catalog
-from tether.store.encrypted import ModelContext
-from tether.store.model_keys import ModelKeys
+from tether.store.encryption.model_keys import ModelKeys
+from tether.store.format.encrypted import ModelContext
+from tether.store.index.catalog import Catalog
 
 
 def opened(root: Path) -> tuple[Catalog, Keyring, ModelKeys]:

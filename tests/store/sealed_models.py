@@ -2,11 +2,11 @@
 
 from store_models import INFO, LAB
 
-from tether import store
-from tether.store.layout import Piece
-from tether.store.manifest import Manifest, signed_message
+from tether.store.format import layout
+from tether.store.format.layout import Piece
+from tether.store.format.manifest import ArrayEntry, Manifest, Segment, digest_of, signed_message
+from tether.store.format.weights import tensor_arrays
 from tether.store.sealing import Sealing
-from tether.store.weights import tensor_arrays
 from tether.types import StoredTensor
 
 
@@ -17,11 +17,11 @@ def publish_sealed(repository, files, tensors=(), *, name="digits", by=LAB):
     for path, data in files.items():
         ranges = [Piece(tensor.offset, tensor.nbytes) for tensor in tensors if tensor.file == path]
         segments = []
-        for offset, nbytes in store.layout.cut(len(data), ranges):
-            digest = store.digest_of(data[offset : offset + nbytes])
+        for offset, nbytes in layout.cut(len(data), ranges):
+            digest = digest_of(data[offset : offset + nbytes])
             intake.put(digest, data[offset : offset + nbytes])
-            segments.append(store.Segment(digest, 0, nbytes))
-        arrays.append(store.ArrayEntry(f"files/{path}", "uint8", (len(data),), tuple(segments)))
+            segments.append(Segment(digest, 0, nbytes))
+        arrays.append(ArrayEntry(f"files/{path}", "uint8", (len(data),), tuple(segments)))
     arrays = sorted(arrays + tensor_arrays(arrays, list(tensors)), key=lambda array: array.path)
     manifest = intake.finished(Manifest(framework="onnx", entry=next(iter(files)), info=INFO, arrays=tuple(arrays)))
     published = repository.publish(name, manifest, by.public, by.sign(signed_message(manifest)))

@@ -13,7 +13,7 @@ from store_models import INFO, publish
 
 from tether import store
 from tether.errors import ChunkAlteredError, MissingBlobsError, StoreError
-from tether.store import disk
+from tether.store.packing import disk
 
 FILES = {"model.onnx": content("bad place", 30_000)}
 DIGEST = store.digest_of(FILES["model.onnx"])

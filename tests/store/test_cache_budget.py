@@ -10,8 +10,8 @@ import pytest
 from store_models import LAB, seeded
 
 from tether.store import Repository
-from tether.store.cache import CacheBudget, default_nbytes
-from tether.store.replicated import Replicated
+from tether.store.replicas.cache import CacheBudget, default_nbytes
+from tether.store.replicas.replicated import Replicated
 from tether.testing.blob_sources import MemoryBlobSource, publish_bytes
 
 PROMPT = 20.0
@@ -83,7 +83,7 @@ _HOLDER = """
 import sys
 from pathlib import Path
 from tether.store import Repository
-from tether.store.cache import CacheBudget
+from tether.store.replicas.cache import CacheBudget
 pin = CacheBudget(Repository.open(Path(sys.argv[1]), read_only=True), 0).pin(sys.argv[2])
 print("pinned", flush=True)
 sys.stdin.read()

@@ -11,7 +11,7 @@ from store_models import publish
 
 from tether import store
 from tether.errors import StoreError
-from tether.store import disk
+from tether.store.packing import disk
 
 
 def test_closing_waits_for_a_blob_that_is_half_written(tmp_path, monkeypatch):

@@ -2,8 +2,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from tether.store.collection import MERGE, PROMISE, TINY, WHOLE, Claim, Inventory, Need, StoredPack, need_of, placed, plan
-from tether.store.packs import MAGIC, Located, index_bytes
+from tether.store.collecting.collection import MERGE, PROMISE, TINY, WHOLE, Claim, Inventory, Need, StoredPack, need_of, placed, plan
+from tether.store.format.packs import MAGIC, Located, index_bytes
 from tether.types import Digest
 
 NOW = 1_000_000.0

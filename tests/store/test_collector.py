@@ -31,7 +31,7 @@ from store_models import LAB, manifest_of, seeded
 from tether.errors import ConflictError, MissingBlobsError
 from tether.ports import SignedManifest
 from tether.store import Repository, decode, digest_of, signed_message
-from tether.store.collection import MERGE
+from tether.store.collecting.collection import MERGE
 from tether.store.faults import GC_POINTS
 from tether.testing.requirements import needs
 from tether.types import ModelRef
@@ -556,7 +556,7 @@ def test_a_rewrite_that_does_not_fit_is_left_and_said_to(store, clock, monkeypat
     two_versions(store, clock)
     clock.advance(2 * DAY)
     with monkeypatch.context() as patch:
-        patch.setattr("tether.store.collector.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+        patch.setattr("tether.store.collecting.collector.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
         report = store.gc()
 
     assert report.freed_nbytes == 0

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from store_models import INFO
 
-from tether.store.diff import diff
-from tether.store.layout import Piece, cut
-from tether.store.manifest import ArrayEntry, Manifest, Segment, digest_of
-from tether.store.weights import tensor_arrays
+from tether.store.format.diff import diff
+from tether.store.format.layout import Piece, cut
+from tether.store.format.manifest import ArrayEntry, Manifest, Segment, digest_of
+from tether.store.format.weights import tensor_arrays
 from tether.types import StoredTensor
 
 

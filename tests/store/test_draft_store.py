@@ -18,7 +18,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from tether.errors import BadModelError, BadNameError, ChunkAlteredError, ConflictError, MalformedManifestError
 from tether.store import BLOB_NBYTES, DraftStore, Manifest, VersionStore, open_group
-from tether.store.drafts import Draft
+from tether.store.hierarchy.drafts import Draft
 from tether.types import ModelRef
 
 PROTOTYPE = default_buffer_prototype()
@@ -182,7 +182,7 @@ def test_a_draft_survives_the_kill_of_its_writer(draft):
     code = f"""
 import os, signal
 from pathlib import Path
-from tether.store.drafts import Draft
+from tether.store.hierarchy.drafts import Draft
 from tether.types import ModelRef
 draft = Draft(Path({str(draft._draft.root)!r}), "run")
 draft.write("small", b"s")

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from store_models import COLLEAGUE, LAB, seeded
 
 from tether.errors import ChunkAlteredError, InternalError, LockedModelError, MalformedManifestError, MissingBlobsError
-from tether.store.encrypted import ModelContext, ModelKey, Opener, Sealer, on_ciphertext, open_manifest, seal_manifest
-from tether.store.files import cut_bytes
-from tether.store.layout import BLOB_NBYTES
-from tether.store.manifest import ArrayEntry, Encryption, Manifest, Seal, Segment, decode, digest_of, encode, signed_message
-from tether.store.weights import tensor_arrays
+from tether.store.format.encrypted import ModelContext, ModelKey, Opener, Sealer, on_ciphertext, open_manifest, seal_manifest
+from tether.store.format.layout import BLOB_NBYTES
+from tether.store.format.manifest import ArrayEntry, Encryption, Manifest, Seal, Segment, decode, digest_of, encode, signed_message
+from tether.store.format.weights import tensor_arrays
+from tether.store.packing.files import cut_bytes
 from tether.types import ModelInfo, StoredTensor, TensorSpec
 
 KEY = ModelKey(bytes(range(32)))

@@ -14,10 +14,10 @@ from tether import store
 from tether.errors import ChunkAlteredError, ConfigError, InternalError, LockedModelError, NoSpaceError, UnsupportedError
 from tether.security.volatile import SETTING
 from tether.store import Repository, VersionStore
-from tether.store.diff import diff
-from tether.store.elsewhere import kvstore
-from tether.store.encrypted import ModelContext
-from tether.store.replicated import Replicated
+from tether.store.format.diff import diff
+from tether.store.format.encrypted import ModelContext
+from tether.store.hierarchy.elsewhere import kvstore
+from tether.store.replicas.replicated import Replicated
 from tether.store.sealing import Sealing
 from tether.testing.blob_sources import MemoryBlobSource
 from tether.types import ModelRef

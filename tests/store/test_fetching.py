@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tether.store.fetching import (
+from tether.store.replicas.fetching import (
     AHEAD,
     NEEDED,
     WHOLE,

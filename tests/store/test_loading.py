@@ -18,9 +18,9 @@ from store_models import INFO, LAB, publish, seeded
 from tether import store
 from tether.errors import ChunkAlteredError, ChunkMissingError, NotFoundError, StoreError
 from tether.store import BLOB_NBYTES, Repository
-from tether.store.layout import Piece
+from tether.store.format.layout import Piece
+from tether.store.format.weights import tensor_arrays as entries_of
 from tether.store.loading import tensor_arrays
-from tether.store.weights import tensor_arrays as entries_of
 from tether.types import StoredTensor
 
 VALUES = {

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from store_models import INFO
 
 from tether.errors import MalformedManifestError
-from tether.store.layout import BLOB_NBYTES, chunk_shape, cut, node_name, path_problem, slices
-from tether.store.manifest import MAX_NBYTES, ArrayEntry, Manifest, Segment, decode, digest_of, encode
+from tether.store.format.layout import BLOB_NBYTES, chunk_shape, cut, node_name, path_problem, slices
+from tether.store.format.manifest import MAX_NBYTES, ArrayEntry, Manifest, Segment, decode, digest_of, encode
 
 DIGEST = "ab" * 32
 digests = st.binary(min_size=1, max_size=4).map(digest_of)

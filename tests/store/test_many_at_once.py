@@ -220,7 +220,7 @@ def test_a_version_that_nobody_has_is_said_to_be_unrepairable(repository):
 
 SHARED = """
 import os
-from tether.store.parallel import buffer
+from tether.store.packing.parallel import buffer
 with buffer() as view:
     view[:6] = b"parent"
 if os.fork() == 0:

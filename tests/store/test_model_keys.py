@@ -23,12 +23,12 @@ from tether.errors import (
 from tether.security.envelopes import seal_to
 from tether.security.identity import Identity
 from tether.security.keyring import Keyring
-from tether.store.catalog import Catalog
-from tether.store.encrypted import ModelContext, ModelKey, Opener, Sealer
+from tether.store.encryption.model_keys import ModelKeys, SealIndex
 from tether.store.faults import ROTATION_POINTS
-from tether.store.key_tables import KeyRow
-from tether.store.manifest import digest_of
-from tether.store.model_keys import ModelKeys, SealIndex
+from tether.store.format.encrypted import ModelContext, ModelKey, Opener, Sealer
+from tether.store.format.manifest import digest_of
+from tether.store.index.catalog import Catalog
+from tether.store.index.key_tables import KeyRow
 
 SCRIPT = Path(__file__).with_name("rotating.py")
 DIGITS = ModelContext(LAB.public, "digits")

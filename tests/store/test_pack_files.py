@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tether.store.pack_files import PackFiles
-from tether.store.parallel import buffer, in_order
+from tether.store.packing.pack_files import PackFiles
+from tether.store.packing.parallel import buffer, in_order
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from store_models import INFO, LAB, files_in, manifest_of, publish, seeded
 from tether import store
 from tether.errors import MissingBlobsError, NoModelFileError
 from tether.store import Repository
-from tether.store.layout import BLOB_NBYTES, Piece
-from tether.store.packs import place, scan
-from tether.store.pending import PendingPack, State
-from tether.store.staging import Planned, Staging
+from tether.store.format.layout import BLOB_NBYTES, Piece
+from tether.store.format.packs import place
+from tether.store.packing.pack_files import scan
+from tether.store.packing.pending import PendingPack, State
+from tether.store.packing.staging import Planned, Staging
 
 
 def blobs_of(seed, count=12, nbytes=50_000):

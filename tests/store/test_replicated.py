@@ -18,9 +18,10 @@ from store_models import INFO, LAB, publish, seeded
 from tether import store
 from tether.errors import BadNameError, ChunkAlteredError, ChunkMissingError, NoSpaceError, ServiceUnavailableError
 from tether.store import Repository
-from tether.store.fetching import FetchRules
-from tether.store.replicated import Replicated
-from tether.store.weights import tensor_arrays
+from tether.store.format import layout
+from tether.store.format.weights import tensor_arrays
+from tether.store.replicas.fetching import FetchRules
+from tether.store.replicas.replicated import Replicated
 from tether.testing.blob_sources import BlobSourceSuite, MemoryBlobSource
 from tether.types import StoredTensor
 
@@ -74,7 +75,7 @@ def publish_weights(repository, tensors, name="net"):
         placed.append(StoredTensor(key, str(array.dtype), array.shape, "model.bin", offset, array.nbytes))
         offset += array.nbytes
     data = header + b"".join(array.tobytes() for array in tensors.values())
-    pieces = store.layout.cut(len(data), [store.layout.Piece(tensor.offset, tensor.nbytes) for tensor in placed])
+    pieces = layout.cut(len(data), [layout.Piece(tensor.offset, tensor.nbytes) for tensor in placed])
     segments = []
     for piece in pieces:
         part = data[piece.offset : piece.offset + piece.nbytes]
@@ -284,7 +285,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tether.store import Repository
-from tether.store.replicated import Replicated
+from tether.store.replicas.replicated import Replicated
 from tether.testing.blob_sources import MemoryBlobSource
 origin, local = Repository.open(Path(sys.argv[1]), read_only=True), Repository.open(Path(sys.argv[2]))
 def die(progress):

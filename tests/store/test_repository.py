@@ -28,7 +28,7 @@ from tether.errors import (
 )
 from tether.ports import SignedManifest
 from tether.store import BLOB_NBYTES, Repository
-from tether.store.manifest import MAX_NBYTES
+from tether.store.format.manifest import MAX_NBYTES
 from tether.types import ModelRef
 
 ref = ModelRef.parse

@@ -12,8 +12,8 @@ from store_models import INFO, manifest_of
 
 from tether.errors import ConflictError, MissingBlobsError, NotFoundError, StoreError
 from tether.store import Manifest, Repository, decode, digest_of, encode
-from tether.store.layout import Piece
-from tether.store.sharing import SHARED_GRACE
+from tether.store.collecting.sharing import SHARED_GRACE
+from tether.store.format.layout import Piece
 from tether.types import ModelRef
 
 SHARED, OLD, NEW = content("shared"), content("old", 20_000), content("new")
@@ -351,7 +351,7 @@ def test_starting_does_not_sweep_away_what_another_host_is_writing(tmp_path, fol
 
 
 def test_who_waits_for_the_folder_s_lock_is_told_after_a_while(host_a, monkeypatch):
-    monkeypatch.setattr("tether.store.sharing._LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr("tether.store.collecting.sharing._LOCK_TIMEOUT", 0.1)
     with (host_a.root / "packs/stores/lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(StoreError, match="another host has held"):

@@ -10,9 +10,9 @@ from store_models import INFO
 
 from tether import store
 from tether.errors import DigestMismatchError, NoSpaceError, StoreError
-from tether.store import staging as staging_module
-from tether.store.pending import PendingPack
-from tether.store.staging import Planned
+from tether.store.packing import staging as staging_module
+from tether.store.packing.pending import PendingPack
+from tether.store.packing.staging import Planned
 
 
 def draft_of(blob):

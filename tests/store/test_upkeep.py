@@ -7,7 +7,7 @@ from store_models import LAB, files_in, files_of, publish, seeded
 
 from tether.errors import ConflictError, StoreError
 from tether.store import Repository
-from tether.store.manifest import digest_of
+from tether.store.format.manifest import digest_of
 from tether.store.scrubbing import Pace
 from tether.types import ModelRef
 

@@ -15,9 +15,9 @@ from zarr.core.buffer import default_buffer_prototype
 from tether import store
 from tether.errors import ChunkAlteredError, ChunkMissingError, UnsupportedError
 from tether.store import BLOB_NBYTES, Repository, VersionStore
-from tether.store.layout import slices
-from tether.store.weights import MAX_TENSORS, tensor_arrays
-from tether.store.zarr_keys import node_of
+from tether.store.format.layout import slices
+from tether.store.format.weights import MAX_TENSORS, tensor_arrays
+from tether.store.hierarchy.zarr_keys import node_of
 from tether.types import StoredTensor
 
 BIG = np.random.default_rng(0).bytes(2 * BLOB_NBYTES + 77)

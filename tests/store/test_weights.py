@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from store_models import seeded
 
 from tether.errors import BadModelError
-from tether.store.layout import Piece, cut, path_problem, slices
-from tether.store.manifest import ArrayEntry, Segment, digest_of
-from tether.store.weights import MAX_TENSORS, tensor_arrays, tensor_name, tensor_path
+from tether.store.format.layout import Piece, cut, path_problem, slices
+from tether.store.format.manifest import ArrayEntry, Segment, digest_of
+from tether.store.format.weights import MAX_TENSORS, tensor_arrays, tensor_name, tensor_path
 from tether.types import StoredTensor
 
 KIB = 1024

@@ -15,8 +15,8 @@ from zarr.storage import LocalStore
 
 from tether.errors import ChunkAlteredError, NotFoundError, UnsupportedError
 from tether.store import DraftStore, Manifest, VersionStore, encode, kvstore, signed_message
-from tether.store.layout import DTYPES
-from tether.store.weights import tensor_arrays
+from tether.store.format.layout import DTYPES
+from tether.store.format.weights import tensor_arrays
 from tether.types import StoredTensor
 
 tensorstore = pytest.importorskip("tensorstore")
@@ -142,8 +142,8 @@ def test_infinity_is_kept_where_the_type_has_it(tmp_path):
 
 def test_registering_twice_changes_nothing_and_importing_the_store_is_enough():
     code = """
-import tether.store.draft, zarr, ml_dtypes, numpy as np
-from tether.store import dtypes
+import tether.store.hierarchy.draft, zarr, ml_dtypes, numpy as np
+from tether.store.hierarchy import dtypes
 before = dict(zarr.core.dtype.data_type_registry.contents)
 dtypes.register()
 assert zarr.core.dtype.data_type_registry.contents == before

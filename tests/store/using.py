@@ -21,7 +21,7 @@ from tether.errors import (
     TetherError,
 )
 from tether.store import Repository
-from tether.store.zarr import VersionStore
+from tether.store.hierarchy.zarr import VersionStore
 from tether.types import ModelRef
 
 TELLING = (StoreError, NotFoundError, ConflictError, BadSignatureError, FormatTooNewError, LockedModelError)

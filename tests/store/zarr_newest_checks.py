@@ -12,7 +12,7 @@ from store_models import INFO, LAB
 
 from tether.errors import ChunkAlteredError
 from tether.store import DraftStore, Manifest, VersionStore, encode, signed_message
-from tether.store.weights import tensor_arrays
+from tether.store.format.weights import tensor_arrays
 from tether.types import StoredTensor
 
 FUSED = {"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}

@@ -8,8 +8,8 @@ from store_models import LAB
 
 from tether.errors import BadModelError
 from tether.store import DraftStore, Repository, VersionStore
-from tether.store.draft import WEIGHTS_ONLY
-from tether.store.reading import VersionReader
+from tether.store.hierarchy.draft import WEIGHTS_ONLY
+from tether.store.hierarchy.reading import VersionReader
 from tether.types import Digest
 
 EMPTY = Digest("0" * 64)

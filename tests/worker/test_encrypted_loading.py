@@ -16,8 +16,8 @@ from tether.runtimes import inspect
 from tether.security.identity import Identity
 from tether.security.volatile import SETTING
 from tether.store import Manifest, Repository, Segment, digest_of, signed_message
-from tether.store.layout import cut
-from tether.store.manifest import ArrayEntry
+from tether.store.format.layout import cut
+from tether.store.format.manifest import ArrayEntry
 from tether.store.sealing import Sealing
 from tether.types import ModelVersion
 from tether.worker.engine import Engine

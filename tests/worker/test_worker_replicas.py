@@ -29,8 +29,8 @@ from tether.runtimes import inspect
 from tether.security.identity import Identity
 from tether.security.tls import ensure_tls
 from tether.store import Manifest, Repository, encode, signed_message
-from tether.store.fetching import FetchRules
-from tether.store.layout import Piece
+from tether.store.format.layout import Piece
+from tether.store.replicas.fetching import FetchRules
 from tether.types import ModelInfo, ModelVersion
 from tether.worker.manager_blobs import ManagerBlobs
 from tether.worker.model_files import ModelFiles, load_pinned

@@ -16,8 +16,8 @@ from blake3 import blake3
 
 from tether.client.together import together
 from tether.errors import ChunkAlteredError, ConflictError, MalformedManifestError, StoreError, TetherError
-from tether.store.layout import FILES, HIDDEN, path_problem
-from tether.store.manifest import Manifest, digest_of, encode
+from tether.store.format.layout import FILES, HIDDEN, path_problem
+from tether.store.format.manifest import Manifest, digest_of, encode
 
 __all__ = ["Downloads", "SegmentLike", "StoredFile", "checked_segment", "export_files", "fetch_file", "is_encrypted", "stored_files"]
 

@@ -25,8 +25,8 @@ from tether.errors import (
     TetherError,
     UnsupportedError,
 )
-from tether.store.elsewhere import gateway_kvstore
-from tether.store.layout import BLOB_NBYTES
+from tether.store.format.layout import BLOB_NBYTES
+from tether.store.hierarchy.elsewhere import gateway_kvstore
 from tether.types import InferResponse, ModelRef, Tensors
 from tether.wire.oip import decode_error, decode_response, encode_request
 

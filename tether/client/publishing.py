@@ -16,7 +16,7 @@ from tether.client.together import together
 from tether.errors import BadModelError, MissingBlobsError, NoModelFileError, RemoteError, TetherError
 from tether.runtimes import recognise
 from tether.runtimes.weights import boundaries
-from tether.store.layout import HIDDEN, Piece, cut, path_problem
+from tether.store.format.layout import HIDDEN, Piece, cut, path_problem
 
 __all__ = [
     "EXAMPLE",

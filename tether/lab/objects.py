@@ -14,7 +14,7 @@ from tether.lab.sizes import size_text
 from tether.types import TensorSpec
 
 if TYPE_CHECKING:
-    from tether.store.zarr import Weights
+    from tether.store.hierarchy.zarr import Weights
 
 __all__ = [
     "AliasMove",

@@ -18,12 +18,12 @@ from tether.client.http import HttpClient
 from tether.client.together import together
 from tether.errors import ChunkAlteredError, MalformedManifestError
 from tether.lab import loop
-from tether.store.layout import slices
-from tether.store.manifest import ArrayEntry, Manifest, Segment, digest_of, encode
+from tether.store.format.layout import slices
+from tether.store.format.manifest import ArrayEntry, Manifest, Segment, digest_of, encode
 from tether.types import Digest
 
 if TYPE_CHECKING:
-    from tether.store.zarr import Weights
+    from tether.store.hierarchy.zarr import Weights
 
 __all__ = ["GatewayVersions", "open_weights"]
 
@@ -36,13 +36,13 @@ _KEPT_NBYTES: Final = 64 << 20
 
 def open_weights(client: HttpClient, name: str, number: int, digest: Digest) -> Weights:
     """The weights of a version that a gateway has. Raises: what its manifest's fetching raises."""
-    from tether.store.zarr import VersionStore  # zarr: 0.4 s, not for those who only call models
+    from tether.store.hierarchy.zarr import VersionStore  # zarr: 0.4 s, not for those who only call models
 
     return VersionStore(GatewayVersions(client, name, number), digest).weights
 
 
 class GatewayVersions:
-    """One version of a lab, as `tether.store.reading.Versions`.
+    """One version of a lab, as `tether.store.hierarchy.reading.Versions`.
 
     It pickles without the API key: where it is opened again, TETHER_API_KEY has to hold one if the gateway wants one.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 from blake3 import blake3
 
-from tether.store.mirror_tables import CatalogState
+from tether.store.index.mirror_tables import CatalogState
 
 __all__ = ["GONE", "LAG", "MOST", "Changes", "Followers"]
 

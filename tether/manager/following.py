@@ -17,9 +17,9 @@ from tether.manager import secrets
 from tether.ports import SignedManifest
 from tether.security.identity import Identity
 from tether.store import Repository
-from tether.store.fetching import FetchRules
-from tether.store.mirror_tables import CatalogState
-from tether.store.replicated import Replicated
+from tether.store.index.mirror_tables import CatalogState
+from tether.store.replicas.fetching import FetchRules
+from tether.store.replicas.replicated import Replicated
 from tether.types import Digest
 
 __all__ = ["Channel", "Follower", "Lab", "Link", "WriterBlobs"]

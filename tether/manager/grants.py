@@ -10,7 +10,7 @@ from typing import Any
 from tether.errors import BadEnvelopeError, BadNameError
 from tether.security.identity import Identity
 from tether.store import Repository
-from tether.store.encrypted import ModelContext
+from tether.store.format.encrypted import ModelContext
 from tether.types import model_name
 
 __all__ = ["Grants"]

@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 
 from tether.errors import NotFoundError
 from tether.store import BLOB_NBYTES, ArrayEntry, LocalVersions, Repository
-from tether.store.reading import VersionReader
-from tether.store.zarr_keys import DOCUMENT, consolidated
+from tether.store.hierarchy.reading import VersionReader
+from tether.store.hierarchy.zarr_keys import DOCUMENT, consolidated
 from tether.types import Digest, ModelRef
 
 __all__ = ["Hierarchies"]

@@ -20,8 +20,8 @@ from tether.manager.hierarchies import Hierarchies
 from tether.manager.publishing import EXAMPLE, Publisher
 from tether.security.identity import Identity
 from tether.store import FILES, ModelRecord, Published, Repository, VersionRecord
-from tether.store.diff import diff
-from tether.store.held import Held
+from tether.store.format.diff import diff
+from tether.store.replicas.held import Held
 from tether.types import Digest, ModelInfo, ModelRef, ModelVersion, model_name
 
 __all__ = ["Operations"]

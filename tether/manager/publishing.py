@@ -34,10 +34,10 @@ from tether.runtimes.inspecting import Inspection, inspect_in_sandbox, limits_fo
 from tether.security.identity import Identity
 from tether.security.volatile import VolatileFolder
 from tether.store import FILES, HIDDEN, ArrayEntry, Manifest, Published, Repository, Segment, VersionRecord, decode, encode, signed_message
-from tether.store.disk import disk_errors
-from tether.store.layout import CONVERTED, Piece, cut
+from tether.store.format.layout import CONVERTED, Piece, cut
+from tether.store.format.weights import tensor_arrays
+from tether.store.packing.disk import disk_errors
 from tether.store.sealing import Intake, PlainIntake, Sealing
-from tether.store.weights import tensor_arrays
 from tether.types import ModelInfo, ModelRef, StoredTensor
 from tether.wire.npz import to_npz
 

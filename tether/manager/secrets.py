@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tether.errors import ConfigError
 from tether.security.files import locked, written_aside
-from tether.store.disk import disk_errors, sync_folder
+from tether.store.packing.disk import disk_errors, sync_folder
 
 __all__ = ["adopt_cluster_keys", "adopt_identity", "cluster_keys", "collect", "forget_cluster_keys"]
 

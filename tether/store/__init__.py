@@ -5,17 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tether.store.collected import GcReport
-from tether.store.elsewhere import gateway_kvstore, kvstore
-from tether.store.layout import BLOB_NBYTES, FILES, HIDDEN
-from tether.store.manifest import ArrayEntry, Manifest, Segment, decode, digest_of, encode, signed_message
-from tether.store.reading import LocalVersions, Versions
-from tether.store.records import AliasChange, ModelRecord, Problem, Published, Report, VersionRecord
+from tether.store.collecting.collected import GcReport
+from tether.store.format.layout import BLOB_NBYTES, FILES, HIDDEN
+from tether.store.format.manifest import ArrayEntry, Manifest, Segment, decode, digest_of, encode, signed_message
+from tether.store.format.records import AliasChange, ModelRecord, Problem, Published, Report, VersionRecord
+from tether.store.hierarchy.elsewhere import gateway_kvstore, kvstore
+from tether.store.hierarchy.reading import LocalVersions, Versions
 from tether.store.repository import Repository
 
 if TYPE_CHECKING:
-    from tether.store.draft import DraftStore
-    from tether.store.zarr import VersionStore, Weights, open_array, open_group
+    from tether.store.hierarchy.draft import DraftStore
+    from tether.store.hierarchy.zarr import VersionStore, Weights, open_array, open_group
 
 __all__ = [
     "BLOB_NBYTES",
@@ -52,5 +52,5 @@ _LAZY = {"DraftStore": "draft", "VersionStore": "zarr", "Weights": "zarr", "open
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(f"tether.store.{_LAZY[name]}"), name)
+        return getattr(import_module(f"tether.store.hierarchy.{_LAZY[name]}"), name)
     raise AttributeError(name)

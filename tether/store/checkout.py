@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tether.errors import ConflictError
-from tether.store.blobs import Blobs, cut_out
-from tether.store.disk import dead_partials, disk_errors, partial_of, read_at, write_at
-from tether.store.encrypted import vault_of
 from tether.store.faults import reach
-from tether.store.layout import FILES, HIDDEN
-from tether.store.manifest import ArrayEntry, Manifest, Segment, digest_of
-from tether.store.packs import Location
-from tether.store.parallel import buffer, in_batches, threads_for
+from tether.store.format.encrypted import vault_of
+from tether.store.format.layout import FILES, HIDDEN
+from tether.store.format.manifest import ArrayEntry, Manifest, Segment, digest_of
+from tether.store.format.packs import Location
+from tether.store.packing.blobs import Blobs, cut_out
+from tether.store.packing.disk import dead_partials, disk_errors, partial_of, read_at, write_at
+from tether.store.packing.parallel import buffer, in_batches, threads_for
 from tether.types import Digest
 
 __all__ = ["Checkouts", "export"]

@@ -7,19 +7,19 @@ from contextlib import closing
 from pathlib import Path
 
 from tether.errors import ChunkAlteredError, ChunkMissingError, ConflictError, StoreError
-from tether.store import packs
-from tether.store.blobs import Blobs
-from tether.store.catalog import Catalog
 from tether.store.checkout import Checkouts, export
-from tether.store.disk import disk_errors
-from tether.store.encrypted import ModelContext, ModelKey
-from tether.store.keeper import Keeper
+from tether.store.encryption.keeper import Keeper
+from tether.store.encryption.model_keys import ModelKeys, SealIndex, has_keys
+from tether.store.format import packs
+from tether.store.format.encrypted import ModelContext, ModelKey
+from tether.store.format.manifest import MAX_NBYTES, ArrayEntry, Manifest, decode, digest_of, is_digest
+from tether.store.format.records import ModelRecord, VersionRecord
+from tether.store.index.catalog import Catalog
+from tether.store.index.signatures import Signatures
 from tether.store.loading import file_array, tensor_arrays, tensors_of
-from tether.store.manifest import MAX_NBYTES, ArrayEntry, Manifest, decode, digest_of, is_digest
-from tether.store.model_keys import ModelKeys, SealIndex, has_keys
-from tether.store.parallel import buffer
-from tether.store.records import ModelRecord, VersionRecord
-from tether.store.signatures import Signatures
+from tether.store.packing.blobs import Blobs
+from tether.store.packing.disk import disk_errors
+from tether.store.packing.parallel import buffer
 from tether.types import Array, Digest, ModelRef
 
 __all__ = ["Library"]

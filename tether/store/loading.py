@@ -20,16 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from tether.errors import NotFoundError
-from tether.store import packs
-from tether.store.blobs import Blobs, plain_into, too_short
-from tether.store.disk import disk_errors
-from tether.store.encrypted import vault_of
-from tether.store.layout import FILES
-from tether.store.manifest import ArrayEntry, Manifest
-from tether.store.pack_files import mapped
-from tether.store.packs import Location
-from tether.store.parallel import buffer, in_batches, new_memory, threads_for
-from tether.store.weights import tensor_name
+from tether.store.format import packs
+from tether.store.format.encrypted import vault_of
+from tether.store.format.layout import FILES
+from tether.store.format.manifest import ArrayEntry, Manifest
+from tether.store.format.packs import Location
+from tether.store.format.weights import tensor_name
+from tether.store.packing.blobs import Blobs, plain_into, too_short
+from tether.store.packing.disk import disk_errors
+from tether.store.packing.pack_files import mapped
+from tether.store.packing.parallel import buffer, in_batches, new_memory, threads_for
 from tether.types import Array, Digest
 
 __all__ = ["file_array", "tensor_arrays", "tensors_of"]

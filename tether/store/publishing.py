@@ -9,18 +9,18 @@ from pathlib import Path
 from tether.errors import ChunkAlteredError, ChunkMissingError, MalformedManifestError, MissingBlobsError
 from tether.ports import SignedManifest
 from tether.security.identity import verify as verify_signature
-from tether.store import collection_tables
-from tether.store.disk import disk_errors, write_atomically
-from tether.store.files import cut_bytes, cut_file, cut_files
-from tether.store.layout import Piece
+from tether.store.collecting.marking import Marker, Surroundings
+from tether.store.collecting.promises import Promises
+from tether.store.collecting.sharing import LocalPacks, PackFolder, SharedPacks, is_shared
+from tether.store.format.layout import Piece
+from tether.store.format.manifest import MAX_NBYTES, ArrayEntry, Manifest, Segment, decode, digest_of, is_digest, signed_message
+from tether.store.format.packs import Located, Location
+from tether.store.format.records import NewVersion, Published
+from tether.store.index import collection_tables
 from tether.store.library import Library
-from tether.store.manifest import MAX_NBYTES, ArrayEntry, Manifest, Segment, decode, digest_of, is_digest, signed_message
-from tether.store.marking import Marker, Surroundings
-from tether.store.packs import Located, Location
-from tether.store.promises import Promises
-from tether.store.records import NewVersion, Published
-from tether.store.sharing import LocalPacks, PackFolder, SharedPacks, is_shared
-from tether.store.staging import Planned, Run, Staging
+from tether.store.packing.disk import disk_errors, write_atomically
+from tether.store.packing.files import cut_bytes, cut_file, cut_files
+from tether.store.packing.staging import Planned, Run, Staging
 from tether.types import Digest, ModelRef, model_name
 
 __all__ = ["Publishing"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tether.store.layout import BLOB_NBYTES
-from tether.store.manifest import digest_of
+from tether.store.format.layout import BLOB_NBYTES
+from tether.store.format.manifest import digest_of
 from tether.types import Digest
 
 __all__ = ["RepairReport", "Source", "fetched"]

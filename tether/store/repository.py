@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import IO, Self
 
 from tether.errors import ConflictError, FormatTooNewError, StoreError
-from tether.store.disk import PARTIAL, disk_errors, sync_folder, write_atomically
+from tether.store.collecting.sharing import attach, is_shared
+from tether.store.format.records import AliasChange
+from tether.store.packing.disk import PARTIAL, disk_errors, sync_folder, write_atomically
+from tether.store.packing.reserve import reserve_of
 from tether.store.publishing import checked_alias
-from tether.store.records import AliasChange
-from tether.store.reserve import reserve_of
-from tether.store.sharing import attach, is_shared
 from tether.store.upkeep import Upkeep
 from tether.types import Digest, ModelRef
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tether.errors import TetherError
-from tether.store.blobs import Blobs
-from tether.store.packs import Located, scan
-from tether.store.records import Problem
+from tether.store.format.packs import Located
+from tether.store.format.records import Problem
+from tether.store.packing.blobs import Blobs
+from tether.store.packing.pack_files import scan
 from tether.store.verification import Line, lines_of, look
 from tether.types import Digest
 

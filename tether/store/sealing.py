@@ -15,13 +15,13 @@ from typing import Protocol
 import msgspec
 
 from tether.errors import DigestMismatchError, PayloadTooLargeError
-from tether.store.encrypted import ModelContext, ModelKey, Opener, Sealed, Sealer, on_ciphertext, seal_manifest
-from tether.store.files import cut_bytes, cut_file
-from tether.store.layout import BLOB_NBYTES, Piece
-from tether.store.manifest import ArrayEntry, Manifest, Seal, digest_of, encode
-from tether.store.model_keys import SealIndex
-from tether.store.packs import missing as missing_blob
-from tether.store.parallel import buffer
+from tether.store.encryption.model_keys import SealIndex
+from tether.store.format.encrypted import ModelContext, ModelKey, Opener, Sealed, Sealer, on_ciphertext, seal_manifest
+from tether.store.format.layout import BLOB_NBYTES, Piece
+from tether.store.format.manifest import ArrayEntry, Manifest, Seal, digest_of, encode
+from tether.store.format.packs import missing as missing_blob
+from tether.store.packing.files import cut_bytes, cut_file
+from tether.store.packing.parallel import buffer
 from tether.store.repository import Repository
 from tether.types import Digest, model_name
 

@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tether.store import mirror_tables
-from tether.store.collected import GcReport
-from tether.store.collection import GRACE
-from tether.store.collector import Collector
-from tether.store.disk import disk_errors, sync_folder
-from tether.store.manifest import MAX_NBYTES
-from tether.store.marking import pack_files, scanned
-from tether.store.mirror_tables import CatalogState, Footing
+from tether.store.collecting.collected import GcReport
+from tether.store.collecting.collection import GRACE
+from tether.store.collecting.collector import Collector
+from tether.store.collecting.marking import pack_files, scanned
+from tether.store.format.manifest import MAX_NBYTES
+from tether.store.format.records import Report
+from tether.store.index import mirror_tables
+from tether.store.index.mirror_tables import CatalogState, Footing
+from tether.store.packing.disk import disk_errors, sync_folder
+from tether.store.packing.reserve import reserve_of
+from tether.store.packing.staging import Planned, Run
 from tether.store.publishing import Publishing
-from tether.store.records import Report
 from tether.store.repair import RepairReport, Source, fetched
-from tether.store.reserve import reserve_of
 from tether.store.scrubbing import Cursor, Scrubbed, scrub
-from tether.store.staging import Planned, Run
 from tether.store.verification import Damage, problem, survey
 from tether.types import Digest, ModelRef
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tether.errors import TetherError
-from tether.store.blobs import Blobs
-from tether.store.manifest import decode
-from tether.store.packs import Located, Location, missing, scan
-from tether.store.parallel import buffer, in_batches, threads_for
-from tether.store.records import Problem, Report, VersionRecord
+from tether.store.format.manifest import decode
+from tether.store.format.packs import Located, Location, missing
+from tether.store.format.records import Problem, Report, VersionRecord
+from tether.store.packing.blobs import Blobs
+from tether.store.packing.pack_files import scan
+from tether.store.packing.parallel import buffer, in_batches, threads_for
 from tether.types import Digest
 
 __all__ = ["Damage", "Line", "lines_of", "look", "problem", "survey"]

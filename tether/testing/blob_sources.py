@@ -24,7 +24,7 @@ from tether.errors import ServiceUnavailableError, UnavailableError
 from tether.ports import BlobSource, SignedManifest
 from tether.security.identity import Identity
 from tether.store import Manifest, Repository, encode, signed_message
-from tether.store.replicated import Replicated
+from tether.store.replicas.replicated import Replicated
 from tether.types import Digest, ModelInfo
 
 __all__ = ["BlobSourceSuite", "MemoryBlobSource", "publish_bytes"]

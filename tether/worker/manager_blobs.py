@@ -9,7 +9,7 @@ from typing import Any
 
 from tether.errors import ChunkAlteredError, ChunkMissingError, NotFoundError
 from tether.ports import SignedManifest
-from tether.store.encrypted import ModelContext, ModelKey
+from tether.store.format.encrypted import ModelContext, ModelKey
 from tether.types import Digest
 
 __all__ = ["ManagerBlobs", "Origin"]

@@ -13,10 +13,10 @@ import structlog
 from tether.errors import ChunkAlteredError, ChunkMissingError, NotFoundError, ServiceUnavailableError, StoreError, UntrustedCodeError
 from tether.ports import BlobSource, LoadedModel
 from tether.store import Manifest, Repository
-from tether.store.cache import CacheBudget, Pin
-from tether.store.fetching import FetchRules
-from tether.store.replicated import Replicated
-from tether.store.repository_blobs import RepositoryBlobs
+from tether.store.replicas.cache import CacheBudget, Pin
+from tether.store.replicas.fetching import FetchRules
+from tether.store.replicas.replicated import Replicated
+from tether.store.replicas.repository_blobs import RepositoryBlobs
 from tether.types import Digest, ModelRef, ModelVersion
 from tether.worker.engine import Source
 from tether.worker.manager_blobs import ManagerBlobs

@@ -27,7 +27,7 @@ from tether.errors import ConfigError, NotWriterError, ServiceUnavailableError, 
 from tether.routing.table import Table
 from tether.security.tls import ensure_tls
 from tether.security.volatile import sweep
-from tether.store.cache import default_nbytes
+from tether.store.replicas.cache import default_nbytes
 from tether.telemetry.service import Life, run_service
 from tether.worker.engine import Engine
 from tether.worker.manager_blobs import ManagerBlobs

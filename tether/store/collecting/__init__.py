@@ -1,0 +1,1 @@
+"""Garbage collection, and pack folders that several hosts share."""

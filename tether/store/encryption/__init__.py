@@ -1,0 +1,1 @@
+"""Encrypted versions: keys, sealing on the way in, opening on the way out."""

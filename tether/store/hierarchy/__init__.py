@@ -1,0 +1,1 @@
+"""Versions and drafts as zarr stores."""

@@ -1,0 +1,1 @@
+"""Bytes on disk: packs, what is on its way into one, reading them back verified."""

@@ -1,0 +1,1 @@
+"""What a host lacks, from elsewhere; and how much of it is kept."""
