@@ -17,6 +17,7 @@ __all__ = [
     "HopReply",
     "LoadedModel",
     "Management",
+    "MessageStream",
     "OnReply",
     "Runtime",
     "SignedManifest",
@@ -268,4 +269,49 @@ class BlobSource(Protocol):
 
     async def aclose(self) -> None:
         """Close its connections; a second call does nothing."""
+        ...
+
+
+class MessageStream(Protocol):
+    """An encrypted connection to one peer, who proved its key: whole messages, in order, both ways. Belongs to one event loop."""
+
+    @property
+    def peer(self) -> str:
+        """The other side's Ed25519 public key, hex."""
+        ...
+
+    @property
+    def is_initiator(self) -> bool:
+        """Whether this side opened it."""
+        ...
+
+    def start(
+        self, on_message: Callable[[memoryview], None], on_end: Callable[[], None], on_close: Callable[[Exception | None], None]
+    ) -> None:
+        """Deliver what comes, on the loop; nothing is lost that came before. `on_end`: the other side sends no more.
+
+        `on_close`, once: both directions are gone; the error is None where both sides ended in order. A message is valid in its call only.
+        """
+        ...
+
+    def send(self, message: bytes | bytearray | memoryview) -> bool:
+        """Queue a message; False: the queue is long, wait for `drained`. Does nothing on a stream that closed."""
+        ...
+
+    async def drained(self) -> None:
+        """Wait until more may be queued. Raises: ServiceUnavailableError: the stream closed."""
+        ...
+
+    def pause(self) -> None:
+        """Deliver nothing for now: the other side is slowed down once what it may send has come."""
+        ...
+
+    def resume(self) -> None: ...
+
+    def end(self) -> None:
+        """Send no more; what is queued goes out first."""
+        ...
+
+    def destroy(self) -> None:
+        """Cut the connection at once, in both directions; a second call does nothing."""
         ...
