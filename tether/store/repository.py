@@ -114,7 +114,8 @@ class Repository(Upkeep):
     def _unlock(self) -> None:
         if self._lock is not None and not self._lock.closed:
             if self._process == os.getpid():
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # else it is held until the last forked child ends
+                with suppress(OSError):  # what was written is told already; closing gives the lock up, too
+                    fcntl.flock(self._lock, fcntl.LOCK_UN)  # else it is held until the last forked child ends
             self._lock.close()
 
     def __enter__(self) -> Self:
