@@ -16,11 +16,14 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 __all__ = [
+    "BadAddressError",
     "BadEnvelopeError",
     "BadInputError",
+    "BadInvitationError",
     "BadKeyError",
     "BadModelError",
     "BadNameError",
+    "BadScopeError",
     "BadSignatureError",
     "ChunkAlteredError",
     "ChunkMissingError",
@@ -29,6 +32,10 @@ __all__ = [
     "ConflictError",
     "DeadlineExceededError",
     "DigestMismatchError",
+    "EngineClosedError",
+    "EngineError",
+    "EngineMisusedError",
+    "FeedRefusedError",
     "ForbiddenError",
     "FormatTooNewError",
     "HeadersTooLargeError",
@@ -36,8 +43,11 @@ __all__ = [
     "InternalError",
     "LabRunningError",
     "LoadFailedError",
+    "LockLostError",
     "LockedModelError",
+    "MalformedFeedError",
     "MalformedManifestError",
+    "MalformedRecordError",
     "MalformedRequestError",
     "MethodNotAllowedError",
     "MissingBlobsError",
@@ -50,7 +60,11 @@ __all__ = [
     "NotFoundError",
     "NotWriterError",
     "PayloadTooLargeError",
+    "PeerFailedError",
+    "PeerNotFoundError",
+    "PeerUnreachableError",
     "PortBusyError",
+    "ProtocolError",
     "QueueFullError",
     "RangeError",
     "RemoteError",
@@ -59,11 +73,14 @@ __all__ = [
     "ServiceUnavailableError",
     "StartFailedError",
     "StoreError",
+    "StreamLostError",
     "TetherError",
+    "TooManyTriesError",
     "UnauthenticatedError",
     "UnavailableError",
     "UnknownAliasError",
     "UnknownFrameworkError",
+    "UnknownMethodError",
     "UnknownModelError",
     "UnknownVersionError",
     "UnsupportedError",
@@ -164,6 +181,12 @@ class UnknownAliasError(NotFoundError):
     code = "unknown_alias"
 
 
+class UnknownMethodError(NotFoundError):
+    """The peer answers no calls of this name."""
+
+    code = "unknown_method"
+
+
 class MethodNotAllowedError(RequestError):
     """The path exists, the verb does not."""
 
@@ -220,6 +243,32 @@ class BadKeyError(RequestError, ValueError):
     """A public key that is none: not 64 hex digits, or not a point of the curve."""
 
     code = "bad_key"
+
+
+class BadAddressError(RequestError, ValueError):
+    """What stands for a lab, or the secret of an invitation, was mistyped or copied in part."""
+
+    code = "bad_address"
+
+
+class BadScopeError(RequestError, ValueError):
+    """A scope that does not follow the grammar of `security/scopes.py`."""
+
+    code = "bad_scope"
+
+
+class BadInvitationError(ForbiddenError):
+    """The invitation does not admit: unknown, expired, used up or revoked."""
+
+    code = "bad_invitation"
+
+
+class TooManyTriesError(RequestError, PermissionError):
+    """Wrong invitations were tried too often. `args[1]`: seconds until a try is looked at again."""
+
+    code = "too_many_tries"
+    http_status = 429
+    grpc_status = "RESOURCE_EXHAUSTED"
 
 
 class UnknownFrameworkError(RequestError, ValueError):
@@ -280,6 +329,12 @@ class LabRunningError(ConflictError):
     """A lab already runs on this data folder."""
 
     code = "lab_running"
+
+
+class LockLostError(ConflictError):
+    """The file that the writer of a store holds a lock on was deleted or replaced: it writes no more and has to be started again."""
+
+    code = "lock_lost"
 
 
 class NoLabError(RequestError, LookupError):
@@ -364,6 +419,30 @@ class ServiceUnavailableError(UnavailableError, ConnectionError):
     code = "service_unavailable"
 
 
+class EngineClosedError(ServiceUnavailableError):
+    """The swarm's engine was closed or suspended while a call waited, or has not been started."""
+
+    code = "engine_closed"
+
+
+class PeerNotFoundError(UnavailableError, ConnectionError):
+    """Nobody announces this public key now. `args[1]` is hyperdht's code."""
+
+    code = "peer_not_found"
+
+
+class PeerUnreachableError(UnavailableError, ConnectionError):
+    """The peer is known, but no stream to it came about: it refused, or no hole could be punched. `args[1]` is hyperdht's code."""
+
+    code = "peer_unreachable"
+
+
+class StreamLostError(ServiceUnavailableError):
+    """A stream to a peer broke: the peer cut it, or the network did. `args[1]` is UDX's code (`ECONNRESET`, `ETIMEDOUT`)."""
+
+    code = "stream_lost"
+
+
 class NotWriterError(ServiceUnavailableError):
     """This manager follows another one, or its lease ran out. Nothing was done: the writer can be asked."""
 
@@ -437,11 +516,53 @@ class BadEnvelopeError(RemoteError, ValueError):
     http_status = 400
 
 
+class ProtocolError(RemoteError, ValueError):
+    """A peer broke a rule of a protocol, or a limit: the connection to it is cut."""
+
+    code = "protocol_error"
+
+
+class PeerFailedError(RemoteError, RuntimeError):
+    """A peer answered a call with an error that is none of ours. `args[1]` is the error's code, where it has one."""
+
+    code = "peer_failed"
+
+
+class MalformedRecordError(RemoteError, ValueError):
+    """What a peer says of itself breaks a rule of the format, or the peer did not sign it."""
+
+    code = "malformed_record"
+
+
+class MalformedFeedError(RemoteError, ValueError):
+    """An entry of a publisher's feed breaks a rule of the format; none of the update was used."""
+
+    code = "malformed_feed"
+
+
+class FeedRefusedError(RemoteError):
+    """A publisher's feed contradicts what was seen of it before. `args[1]`: how (`forked`, `rolled-back`, `truncated`)."""
+
+    code = "feed_refused"
+
+
 class InternalError(TetherError):
     """A bug of ours; the log of the service has the traceback."""
 
     code = "internal"
     grpc_status = "INTERNAL"
+
+
+class EngineError(InternalError):
+    """The swarm's JavaScript raised something that has no name here. `args[1]` is its code, `args[2]` its stack."""
+
+    code = "engine_failed"
+
+
+class EngineMisusedError(InternalError, RuntimeError):
+    """The swarm's engine was used from a second thread or loop, or after a fork: it belongs to the thread that started it."""
+
+    code = "engine_misused"
 
 
 def _leaves(cls: type[TetherError]) -> dict[str, type[TetherError]]:

@@ -175,7 +175,9 @@ class Management(Protocol):
         ...
 
     async def repair(self, name: str, version: int | None) -> dict[str, Any]:
-        """Mend what is damaged with what was uploaded since, or is had elsewhere: `{"found", "repaired", "failed"}`, lists of digests."""
+        """Mend what is damaged with what was uploaded since, or is had elsewhere: `{"found", "repaired", "failed"}`, lists of digests, and
+        `"paths"`, by digest the array that a failed one is of, where that is known.
+        """
         ...
 
     async def gc(self, *, dry_run: bool, grace: float | None) -> dict[str, Any]:
@@ -183,6 +185,10 @@ class Management(Protocol):
 
         The answer: `{"dry_run", "freed_nbytes", "later_nbytes", "lines"}`.
         """
+        ...
+
+    async def rebuild_index(self) -> dict[str, Any]:
+        """Read from the packs again where each blob lies: `{"packs": how many}`."""
         ...
 
     async def forget_store(self, store: str) -> dict[str, Any]:

@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import models
 import streaming
@@ -25,7 +27,7 @@ import versions
 
 import tether
 from tether import store
-from tether.runtimes.weights import boundaries, read_index
+from tether.runtimes.weights import read_index
 from tether.security.identity import Identity
 from tether.store.format.layout import Piece
 from tether.store.format.weights import tensor_arrays
@@ -36,15 +38,27 @@ HERE = Path(__file__).parent
 INFO = ModelInfo("custom", "custom", (), (), batched=True, pure=True, code=True)
 LAB = Identity(bytes(range(32)))
 MIB = 1 << 20
+PARTS = ("large", "small", "versions", "streaming")
 SIDES = {"mapped, then summed": "tether", "summed as verified": "tether-sums"}
 """Ways to use what is loaded → how `loading.py` calls them."""
 
 
+ENCRYPTED = {
+    "mapped, then summed": ("tether", "tether"),
+    "mapped, then summed, memory touched before": ("tether", "tether-ready"),
+    "summed as verified": ("tether-sums", "tether-sums"),
+}
+"""The same for an encrypted version: the plain one's side and its own."""
+
+
 def publish(repository: store.Repository, path: Path) -> store.Published:
     """As the manager does, less the upload and the sandbox: read the index, cut, hash, write, commit. `path`: the one file of a folder."""
-    ranges = {name: [Piece(*each) for each in found] for name, found in boundaries(path.parent, "custom").items()}
+    index = read_index(path.parent, "custom")
+    ranges = defaultdict(list)
+    for tensor in index:
+        ranges[tensor.file].append(Piece(tensor.offset, tensor.nbytes))
     files = repository.add_files(path.parent, ranges)
-    arrays = (*files, *tensor_arrays(files, read_index(path.parent, "custom")))
+    arrays = (*files, *tensor_arrays(files, index))
     manifest = store.encode(store.Manifest(framework="custom", entry="", info=INFO, arrays=arrays))
     return repository.publish(path.stem, manifest, LAB.public, LAB.sign(store.signed_message(manifest)))
 
@@ -52,9 +66,9 @@ def publish(repository: store.Repository, path: Path) -> store.Published:
 def publish_encrypted(repository: store.Repository, path: Path) -> store.Published:
     """The same, encrypted on the way in."""
     intake = Sealing(repository, LAB.public).intake(path.stem)
-    ranges = [Piece(*each) for found in boundaries(path.parent, "custom").values() for each in found]
-    files = [intake.add_file(path, path.name, ranges)]
-    arrays = (*files, *tensor_arrays(files, read_index(path.parent, "custom")))
+    index = read_index(path.parent, "custom")
+    files = [intake.add_file(path, path.name, [Piece(tensor.offset, tensor.nbytes) for tensor in index])]
+    arrays = (*files, *tensor_arrays(files, index))
     manifest = intake.finished(store.Manifest(framework="custom", entry="", info=INFO, arrays=arrays))
     published = repository.publish(path.stem, manifest, LAB.public, LAB.sign(store.signed_message(manifest)))
     intake.settle()
@@ -95,9 +109,9 @@ def loading(path: Path, folder: Path, rounds: int) -> Iterator[dict[str, object]
     for _ in range(rounds):
         for side, taken in seconds.items():
             arguments = [str(folder / "loading"), path.stem] if side.startswith("tether") else [str(path)]
-            took, total = in_a_fresh_process(side, *arguments)
-            taken.append(took)
-            sums.add(round(total))
+            took = in_a_fresh_process(side, *arguments)
+            taken.append(took.seconds)
+            sums.add(round(took.total))
     if max(sums) - min(sums) > 1 + 1e-4 * max(map(abs, sums)):
         raise SystemExit(f"the sides did not sum the same weights: {sums}")
     for name, side in SIDES.items():
@@ -106,23 +120,54 @@ def loading(path: Path, folder: Path, rounds: int) -> Iterator[dict[str, object]
 
 
 def loading_encrypted(path: Path, folder: Path, rounds: int) -> Iterator[dict[str, object]]:
-    """Beside the plain one, which lies in `folder / "loading"`."""
-    with store.Repository.open(folder / "encrypted" / "store") as repository:
+    """Beside the plain one, which lies in `folder / "loading"`, and beside the memory that values want which can't be mapped."""
+    plain, sealed = folder / "loading", folder / "encrypted" / "store"
+    with store.Repository.open(sealed) as repository:
         publish_encrypted(repository, path)
-    for name, side in SIDES.items():
-        seconds: dict[Path, list[float]] = {folder / "loading": [], folder / "encrypted" / "store": []}
+    touched: list[float] = []
+    for name, (theirs, ours) in ENCRYPTED.items():
+        took: tuple[list[Took], list[Took]] = [], []
         for _ in range(rounds):
-            for place, taken in seconds.items():
-                taken.append(in_a_fresh_process(side, str(place), path.stem)[0])
-        yield row(f"load {path.name}, encrypted, {name}", "plain", *seconds.values())
+            took[0].append(in_a_fresh_process(theirs, str(plain), path.stem))
+            took[1].append(in_a_fresh_process(ours, str(sealed), path.stem))
+        yield row_of(f"load {path.name}, encrypted, {name}", "plain", *took)
+        touched += [each.memory for each in took[1] if each.memory]
+    yield touching(path.stat().st_size, touched)
     shutil.rmtree(folder / "encrypted")
 
 
-def in_a_fresh_process(side: str, *arguments: str) -> tuple[float, float]:
-    """Seconds, and the sum of all weights."""
+def touching(nbytes: int, seconds: list[float]) -> dict[str, object]:
+    what = f"memory: touching {nbytes // MIB} MiB, in the same minutes"
+    text = f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
+    print(f"{what}: {text}", file=sys.stderr)
+    return {"what": what, "reference": "", "ratio": None, "text": text, "ours": seconds}
+
+
+class Took(NamedTuple):
+    """What a process that loads measured of itself."""
+
+    seconds: float
+    processors: float
+    """Seconds of all its threads."""
+    total: float
+    """The sum of all weights."""
+    memory: float
+    """Seconds for new memory that was touched before."""
+
+
+def median(runs: list[Took]) -> Took:
+    """Of each figure."""
+    return Took(*map(statistics.median, zip(*runs, strict=True)))
+
+
+def in_a_fresh_process(side: str, *arguments: str) -> Took:
     said = subprocess.run([sys.executable, HERE / "loading.py", side, *arguments], check=True, capture_output=True, text=True)
-    took, total = map(float, said.stdout.split())
-    return took, total
+    return Took(*map(float, said.stdout.split()))
+
+
+def row_of(what: str, reference: str, theirs: list[Took], ours: list[Took]) -> dict[str, object]:
+    text = f"; processors {median(ours).processors:.3f} s against {median(theirs).processors:.3f} s"
+    return row(what, reference, [each.seconds for each in theirs], [each.seconds for each in ours], text)
 
 
 def verifying(path: Path, folder: Path, rounds: int) -> dict[str, object]:
@@ -132,10 +177,10 @@ def verifying(path: Path, folder: Path, rounds: int) -> dict[str, object]:
     return {"what": f"verify {path.name}", "reference": "", "ratio": None, "text": f"{rate:.2f} GB/s on {os.cpu_count()} cores"}
 
 
-def row(what: str, reference: str, theirs: list[float], ours: list[float]) -> dict[str, object]:
+def row(what: str, reference: str, theirs: list[float], ours: list[float], more: str = "") -> dict[str, object]:
     """`ratio`: speed as a multiple of the reference's."""
     ratio = statistics.median(one / two for one, two in zip(theirs, ours, strict=True))
-    text = f"{statistics.median(ours):.3f} s against {statistics.median(theirs):.3f} s"
+    text = f"{statistics.median(ours):.3f} s against {statistics.median(theirs):.3f} s{more}"
     print(f"{what}: {ratio:.2f} × {reference} ({text})", file=sys.stderr)
     return {"what": what, "reference": reference, "ratio": ratio, "text": text, "theirs": theirs, "ours": ours}
 
@@ -161,29 +206,46 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def measure(folder: Path, nbytes: int, rounds: int) -> Iterator[dict[str, object]]:
-    big = models.write_safetensors(folder / "large" / "large.safetensors", models.large(nbytes))
-    little = models.write_safetensors(folder / "small" / "small.safetensors", models.small())
-    for path in (big, little):
-        yield publishing(path, folder, min(rounds, 5))
-        yield from loading(path, folder, rounds)
-        if path is big:
-            yield from loading_encrypted(path, folder, rounds)
-        yield verifying(path, folder, 3)
-        shutil.rmtree(folder / "loading")
-    yield from second_versions(folder)
-    yield from streamed(folder, nbytes)
+def beside_the_file(path: Path, folder: Path, rounds: int) -> Iterator[dict[str, object]]:
+    yield publishing(path, folder, min(rounds, 5))
+    yield from loading(path, folder, rounds)
+    yield verifying(path, folder, 3)
+
+
+def large(folder: Path, nbytes: int, rounds: int) -> Iterator[dict[str, object]]:
+    path = models.write_safetensors(folder / "large" / "large.safetensors", models.large(nbytes))
+    yield from beside_the_file(path, folder, rounds)
+    yield from loading_encrypted(path, folder, rounds)
+    shutil.rmtree(folder / "loading")
+
+
+def small(folder: Path, rounds: int) -> Iterator[dict[str, object]]:
+    path = models.write_safetensors(folder / "small" / "small.safetensors", models.small())
+    yield from beside_the_file(path, folder, rounds)
+    shutil.rmtree(folder / "loading")
+
+
+def measure(folder: Path, nbytes: int, rounds: int, parts: Collection[str]) -> Iterator[dict[str, object]]:
+    if "large" in parts:
+        yield from large(folder, nbytes, rounds)
+    if "small" in parts:
+        yield from small(folder, rounds)
+    if "versions" in parts:
+        yield from second_versions(folder)
+    if "streaming" in parts:
+        yield from streamed(folder, nbytes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--nbytes", type=int, default=1 << 30, help="of the large model")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part of it; may be given again  [default: all]")
     parser.add_argument("--folder", type=Path, help="on the disk to measure  [default: a temporary one]")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "store.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tether-bench-", dir=options.folder) as folder:
-        rows = list(measure(Path(folder), options.nbytes, options.rounds))
+        rows = list(measure(Path(folder), options.nbytes, options.rounds, options.only or PARTS))
     text = table(rows)
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(), "tether": tether.__version__}
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """How long after a model's last byte it answers, and how much of it has to come before its first layer does.
 
 A source gives 100 MB/s. `Replicated.checkout` writes the files while they come, and the model is brought into memory as a worker does it;
-beside it the full download first: replicate, then check out, then the library's own loader. TensorFlow's is run in a warm process on both
-sides, so that its import is in neither.
+beside it the full download first: replicate, then check out, then the library's own loader. A SavedModel's process fills variables
+while bytes come, a new one also imports TensorFlow then; on the other side TensorFlow was imported and used long before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import models
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from tether import store
 from tether.ports import LoadedModel
 from tether.runtimes import inspect, load
+from tether.runtimes.arrivals import Coming
 from tether.runtimes.weights import boundaries, read_index
 from tether.security.identity import Identity
 from tether.store.format.layout import Piece
@@ -29,7 +29,7 @@ from tether.store.format.weights import tensor_arrays
 from tether.store.replicas.replicated import Replicated
 from tether.testing.blob_sources import MemoryBlobSource
 from tether.types import Digest, ModelFormat, ModelInfo
-from tether.worker.runner import RunnerModel, RunnerPool
+from tether.worker.runner import RunnerPool, load_model
 
 RATE = 100e6
 """Bytes a second."""
@@ -62,17 +62,15 @@ class Published:
     source: TimedSource
 
 
-class Loader(NamedTuple):
-    """How a model is brought into memory, and what is done long before."""
-
-    bring: Callable[[Path], LoadedModel]
-    prepare: Callable[[], None] = lambda: None
+Loader = Callable[[Replicated, Published], LoadedModel]
+"""Fetches a model and brings it into memory."""
 
 
 class WarmPool(RunnerPool):
     """Its spare has imported TensorFlow when it is wanted."""
 
-    def prepare(self) -> None:
+    def __init__(self, patience: float) -> None:
+        super().__init__(patience)
         self._start_spare("tensorflow")
         self._spares["tensorflow"] = self.take("tensorflow")
 
@@ -130,31 +128,41 @@ def publish(folder: Path, path: Path, format_: ModelFormat, info: ModelInfo) -> 
     return Published(digest, entry, info, sum(file.nbytes for file in files), source)
 
 
-def answering(published: Published, replica: Path, fetch: Callable[[Replicated], Path], loader: Loader) -> list[float]:
+def answering(published: Published, replica: Path, loader: Loader) -> list[float]:
     """Seconds from the last byte until the model is in memory, and until its first answer."""
     published.source.nbytes_per_second = RATE
     rows = {"x": np.ones((1, WIDTH), np.float32)}
-    loader.prepare()
-    with store.Repository.open(replica) as local, Replicated(local, [published.source]) as replicated:
-        path = fetch(replicated) / published.entry
-        with closing(loader.bring(path)) as model:
-            ready = time.perf_counter()
-            model.run(rows)
-            answered = time.perf_counter()
+    with (
+        store.Repository.open(replica) as local,
+        Replicated(local, [published.source]) as replicated,
+        closing(loader(replicated, published)) as model,
+    ):
+        ready = time.perf_counter()
+        model.run(rows)
+        answered = time.perf_counter()
     shutil.rmtree(replica)
     return [ready - published.source.last, answered - published.source.last]
 
 
+def streamed(replicated: Replicated, published: Published) -> Path:
+    return replicated.checkout(published.digest, "model") / published.entry
+
+
+def downloaded(replicated: Replicated, published: Published) -> Path:
+    replicated.replicate(published.digest, "model")
+    return replicated.local.checkout(published.digest) / published.entry
+
+
+def coming(replicated: Replicated, published: Published) -> Coming:
+    """As `tether.worker.model_files` has it."""
+    path = replicated.local.root / "cache" / published.digest / published.entry
+    return Coming(path, lambda arrivals: replicated.checkout(published.digest, "model", watcher=arrivals))
+
+
 def beside(what: str, published: Published, folder: Path, ours: Loader, theirs: Loader) -> Iterator[dict[str, object]]:
-    digest = published.digest
-
-    def download_first(replicated: Replicated) -> Path:
-        replicated.replicate(digest, "model")
-        return replicated.local.checkout(digest)
-
-    streamed = answering(published, folder / "streamed", lambda replicated: replicated.checkout(digest, "model"), ours)
-    downloaded = answering(published, folder / "downloaded", download_first, theirs)
-    for moment, mine, other in zip(("ready", "first answer"), streamed, downloaded, strict=True):
+    streaming = answering(published, folder / "streamed", ours)
+    downloading = answering(published, folder / "downloaded", theirs)
+    for moment, mine, other in zip(("ready", "first answer"), streaming, downloading, strict=True):
         yield row(f"{what} of {published.nbytes >> 20} MiB at 100 MB/s, last byte to {moment}", other, mine, "")
 
 
@@ -183,11 +191,37 @@ class _PlainOnnx:
         del self._session
 
 
+class _PlainSavedModel:
+    """TensorFlow as its own documentation has it, in a process that has used it before."""
+
+    def __init__(self, path: Path, info: ModelInfo) -> None:
+        import tensorflow as tf
+
+        self.info = info
+        self._constant = tf.constant
+        self._loaded = tf.saved_model.load(str(path))
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        call = self._loaded.signatures["serving_default"]
+        return {"y": call(x=self._constant(inputs["x"]))["y"].numpy()}
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None:
+        del self._loaded
+
+
 def onnx_rows(folder: Path, nbytes: int) -> Iterator[dict[str, object]]:
     path = write_onnx(folder / "onnx", nbytes)
     info = inspect(path)
     published = publish(folder, path, "onnx", info)
-    yield from beside("ONNX", published, folder, Loader(lambda found: load(found, info)), Loader(lambda found: _PlainOnnx(found, info)))
+    yield from beside(
+        "ONNX",
+        published,
+        folder,
+        lambda replicated, published: load(streamed(replicated, published), info),
+        lambda replicated, published: _PlainOnnx(downloaded(replicated, published), info),
+    )
     shutil.rmtree(path.parent)
 
 
@@ -195,9 +229,15 @@ def savedmodel_rows(folder: Path, nbytes: int) -> Iterator[dict[str, object]]:
     path = write_savedmodel(folder / "savedmodel", nbytes)
     info = inspect(path)
     published = publish(folder, path, "savedmodel", info)
-    with closing(WarmPool(patience=5.0)) as pool:
-        loader = Loader(lambda found: RunnerModel(found, info, 1, pool), pool.prepare)
-        yield from beside("SavedModel", published, folder, loader, loader)
+    for state, pool in (("in a new process", RunnerPool(patience=60.0)), ("in a warm process", WarmPool(patience=60.0))):
+        with closing(pool):
+            yield from beside(
+                f"SavedModel, {state},",
+                published,
+                folder,
+                lambda replicated, published, pool=pool: load_model(coming(replicated, published), info, pool=pool),
+                lambda replicated, published: _PlainSavedModel(downloaded(replicated, published), info),
+            )
     shutil.rmtree(path)
 
 

@@ -18,6 +18,7 @@ from blake3 import blake3
 from tether.client.cluster import ManagerClient, OrchestratorClient
 from tether.config import HOUSEKEEPING, DataFolder
 from tether.errors import MissingBlobsError, UnknownModelError
+from tether.orchestrator.lease import LEASE
 from tether.routing.table import Table
 from tether.security.identity import Identity
 from tether.security.tls import ensure_tls
@@ -174,6 +175,11 @@ def rows(folder, query):
         except sqlite3.OperationalError:
             return None
     return row[0] if row else None
+
+
+def all_rows(path, query):
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as db:
+        return db.execute(query).fetchall()
 
 
 def history(folder):
@@ -350,3 +356,48 @@ async def test_a_manager_of_another_lab_ends_instead_of_following(cluster):
         assert [model.name for model in store.models()] == ["theirs"]
     with pytest.raises(UnknownModelError):
         await cluster.client.model("theirs")
+
+
+@pytest.mark.slow
+async def test_where_the_only_whole_store_is_gone_the_one_that_is_told_to_takes_over_and_nobody_else(cluster, measured):
+    await cluster.start("a")
+    await cluster.writes("a")
+    await cluster.start("b")
+    await cluster.in_step("b")
+    both_have = [await cluster.publish(number) for number in range(2)]
+    await cluster.managers["b"].kill()
+    lonely = await cluster.publish("lonely")  # answered once it is confirmed that b is waited for no more
+    await cluster.managers["a"].kill()
+    killed = time.monotonic()
+    await cluster.start("b")
+    while time.monotonic() < killed + 2 * LEASE + 1:  # as long as a take-over takes at most
+        assert cluster.table.manager != cluster.addresses["b"], "it lacks what was acknowledged, and writes"
+        await asyncio.sleep(0.1)
+    await cluster.managers["b"].kill()
+
+    started = time.monotonic()
+    await cluster.managers["b"].start("--take-over")
+    await cluster.writes("b", TAKE_OVER)
+    measured(f"--take-over: written to {time.monotonic() - started:.1f} s after the start")
+    await cluster.assert_all_there(both_have)
+    version, *_ = published = await cluster.publish("after")
+    assert version == lonely[0]  # b never knew of the lonely one
+
+    await cluster.start("a")
+    await cluster.in_step("a")
+    await cluster.assert_all_there([*both_have, published])
+    await cluster.agree()
+    (kept,) = (cluster.root / "a" / "store").glob("catalog-before-term-*.sqlite")
+    assert lonely[1] in {row for (row,) in all_rows(kept, "SELECT digest FROM versions")}
+
+
+async def test_a_manager_whose_lock_file_was_deleted_ends_and_the_next_process_writes_on(cluster):
+    await cluster.start("a")
+    await cluster.writes("a")
+    published = [await cluster.publish(1)]
+    (cluster.root / "a" / "store" / "writer.lock").unlink()
+    await asyncio.wait_for(cluster.managers["a"].process.wait(), PROMPT)
+    assert cluster.managers["a"].process.returncode
+    await cluster.start("a")
+    published.append(await cluster.publish(2))
+    await cluster.assert_all_there(published)

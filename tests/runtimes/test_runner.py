@@ -14,6 +14,7 @@ import pytest
 
 from tether.errors import BadModelError, InternalError, LoadFailedError, MissingDependencyError, ModelFailedError, WorkerLostError
 from tether.runtimes import inspect
+from tether.runtimes.arrivals import Coming
 from tether.worker.runner import RunnerModel, RunnerPool, load_model
 
 SOURCE = """
@@ -223,6 +224,87 @@ def test_nothing_stays_open_after_it_is_closed(folder, pool):
         ask(model, 0)
         model.close()
     assert (psutil.Process().num_fds(), threading.active_count()) == before
+
+
+# --- files that are fetched while its process starts
+
+
+def coming(folder, arrive):
+    """A folder that is written beside its place, and moved there; `arrive` is called in between."""
+    partial = folder.with_name("partial")
+    info = inspect(folder)
+    folder.rename(partial)
+
+    def fetch(arrivals):
+        arrivals.begun(partial)
+        arrivals.grew("model.py", (partial / "model.py").stat().st_size)
+        arrive()
+        partial.rename(folder)
+
+    return Coming(folder, fetch), info
+
+
+@pytest.fixture
+def distant(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.py").write_text(SOURCE)
+    return folder
+
+
+def test_a_process_is_there_before_the_files_and_found_again_after_its_death(distant):
+    before = set(psutil.Process().children())
+    files, info = coming(distant, lambda: eventually(lambda: set(psutil.Process().children()) - before))
+    model = RunnerModel(files, info, 1, RunnerPool(patience=60.0))
+    assert ask(model, 41)[0] == 42
+    with pytest.raises(WorkerLostError):
+        ask(model, 1)
+    assert ask(model, 41)[0] == 42
+    model.close()
+
+
+def test_files_that_do_not_come_are_their_own_error_and_leave_no_process(distant):
+    def fails():
+        raise MissingDependencyError("no bytes today", [])
+
+    files, info = coming(distant, fails)
+    before = set(psutil.Process().children())
+    with pytest.raises(MissingDependencyError, match="no bytes today"):
+        RunnerModel(files, info, 1, RunnerPool(patience=60.0))
+    eventually(lambda: not {child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE} - before)
+
+
+def test_a_process_that_dies_while_files_come_is_a_failed_load_when_they_came(distant):
+    pool, before = RunnerPool(patience=60.0), set(psutil.Process().children())
+
+    def kills():
+        eventually(lambda: set(psutil.Process().children()) - before)
+        for child in set(psutil.Process().children()) - before:
+            child.kill()
+            eventually(lambda child=child: gone(child.pid))
+
+    files, info = coming(distant, kills)
+    with pytest.raises(LoadFailedError, match="signal 9"):
+        RunnerModel(files, info, 1, pool)
+    assert (distant / "model.py").exists()
+
+
+def test_an_error_of_loading_comes_through_after_the_files(distant, pool):
+    files, info = coming(distant, lambda: (distant.with_name("partial") / "model.py").write_text("oh no"))
+    with pytest.raises(BadModelError, match="SyntaxError"):
+        RunnerModel(files, info, 1, pool)
+
+
+def test_data_formats_are_fetched_first_and_stay_in_this_process(tmp_path):
+    pytest.importorskip("onnx", reason="needs onnx: pip install onnx")
+    import runtime_models as models
+
+    path = models.onnx_rows(tmp_path)
+    info, hidden = inspect(path), tmp_path / "not yet"
+    path.rename(hidden)
+    model = load_model(Coming(path, lambda _: hidden.rename(path)), info)
+    assert not isinstance(model, RunnerModel)
+    model.close()
 
 
 def test_data_formats_stay_in_this_process(tmp_path):

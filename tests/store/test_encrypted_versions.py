@@ -80,6 +80,35 @@ def test_its_weights_come_into_memory_of_their_own(repository, digest, threads):
     assert list(repository.load_tensors(digest, ["small"])) == ["small"]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_small_blobs_side_by_side_are_read_at_once_and_the_altered_one_is_named(repository, threads, monkeypatch):
+    values = {f"bias{number:02}": np.random.default_rng(number).standard_normal(7_000) for number in range(60)}
+    data, tensors = tensor_file(values)
+    digest = publish_sealed(repository, {"model.bin": data}, tensors, name="small").digest
+    manifest, reads, real = repository.manifest(digest), [], os.preadv
+
+    def counting(descriptor, views, offset):
+        reads.append(offset)
+        return real(descriptor, views, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", counting)
+        for name, array in repository.load_tensors(manifest, threads=threads).items():
+            np.testing.assert_array_equal(array, values[name])
+    assert len(reads) < 10 < len({segment.digest for array in manifest.tensors() for segment in array.segments})
+
+    blob = next(array for array in manifest.tensors() if array.path == "tensors/bias30").segments[0].digest
+    location = repository._catalog.locate(blob)
+    with (repository.root / "packs" / location.pack).open("r+b") as pack:
+        pack.seek(location.offset)
+        pack.write(bytes(16))
+    with pytest.raises(ChunkAlteredError, match=blob):
+        repository.load_tensors(manifest, threads=threads)
+    whole = [array.path.removeprefix("tensors/") for array in manifest.tensors() if all(part.digest != blob for part in array.segments)]
+    for name, array in repository.load_tensors(manifest, whole, threads=threads).items():
+        np.testing.assert_array_equal(array, values[name])
+
+
 def test_zarr_diff_and_export_know_nothing_of_it(repository, digest, tmp_path):
     weights = VersionStore(repository, digest).weights
     np.testing.assert_array_equal(weights["large"][100:103, 5], VALUES["large"][100:103, 5])

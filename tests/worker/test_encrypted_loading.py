@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tether.errors import ChunkAlteredError, LockedModelError
+from tether.errors import BadModelError, ChunkAlteredError, ChunkMissingError, LoadFailedError, LockedModelError, NoSpaceError
 from tether.manager.operations import Operations
 from tether.runtimes import inspect
 from tether.security.identity import Identity
@@ -20,9 +21,11 @@ from tether.store.format.layout import cut
 from tether.store.format.manifest import ArrayEntry
 from tether.store.sealing import Sealing
 from tether.types import ModelVersion
+from tether.worker.discretion import discretion, withheld
 from tether.worker.engine import Engine
 from tether.worker.manager_blobs import ManagerBlobs
 from tether.worker.model_files import ModelFiles, load_pinned
+from tether.worker.runner import load_model
 
 LAB = Identity(bytes(range(32)))
 X = np.random.default_rng(5).random((3, 64), dtype=np.float32)
@@ -66,7 +69,7 @@ def write_custom(folder):
     return folder
 
 
-def publish(repository, path, name):
+def publish(repository, path, name, info=None):
     """Encrypted, as the manager does it, without its sandbox."""
     intake, arrays = Sealing(repository, LAB.public).intake(name), []
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
@@ -77,7 +80,7 @@ def publish(repository, path, name):
             intake.put(digest_of(part), part)
             segments.append(Segment(digest_of(part), 0, nbytes))
         arrays.append(ArrayEntry(f"files/{file.name}", "uint8", (len(data),), tuple(segments)))
-    info = inspect(path)
+    info = info or inspect(path)
     entry = path.name if path.is_file() else ""
     data = intake.finished(Manifest(framework=info.framework, entry=entry, info=info, arrays=tuple(arrays)))
     published = repository.publish(name, data, LAB.public, LAB.sign(signed_message(data)))
@@ -210,3 +213,72 @@ def test_a_version_that_the_lab_can_not_open_says_what_to_do(lab, tmp_path, memo
             files.fetch(model)
         files.close()
     assert plain_files(memory) == []
+
+
+CANARY = "canary_5b7e"
+
+
+def write_broken_onnx(path):
+    """Two shapes that do not fit; ONNX Runtime names node and tensors in what it says of it."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", f"{CANARY}_weights"], ["y"], name=f"{CANARY}_node")],
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 10])],
+        [numpy_helper.from_array(WEIGHTS[:5], f"{CANARY}_weights")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def write_broken_custom(folder):
+    write_custom(folder)
+    lines = f"self.weights = np.load(path / 'weights.npy')\n        raise ValueError('{CANARY}', self.weights[0])"
+    (folder / "model.py").write_text(CUSTOM.replace('self.weights = np.load(path / "weights.npy")', lines))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["onnx", "custom"])
+def test_why_it_can_not_be_loaded_is_told_without_a_word_of_what_is_in_it(engine, lab, tmp_path, kind, caplog, capfd):
+    caplog.set_level("DEBUG")
+    broken = write_broken_onnx(tmp_path / "net.onnx") if kind == "onnx" else write_broken_custom(tmp_path / "net")
+    whole = write_onnx(tmp_path / "whole.onnx") if kind == "onnx" else write_custom(tmp_path / "whole")
+    model = publish(lab, broken, "net", info=inspect(whole))
+    with pytest.raises(BadModelError) as plainly:
+        load_model(broken, inspect(whole))
+    assert CANARY in str(plainly.value)  # it is told of a plain one
+    capfd.readouterr()
+    caplog.clear()
+
+    with pytest.raises(BadModelError, match="encrypted, so that only the kind of failure is said here, bad_model: to see more") as told:
+        engine.load(model)
+
+    out, err = capfd.readouterr()
+    said = "".join(traceback.format_exception(told.value)) + repr(told.value.args) + caplog.text + out + err
+    assert CANARY not in said
+    assert "shape" not in said.lower()
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_file_whose_blob_is_gone_is_not_named(lab, manager, tmp_path, caplog, capfd):
+    secret = write_onnx(tmp_path / f"{CANARY}.onnx")
+    model = publish(lab, secret, "net")
+    blob = lab.public_manifest(model.digest).arrays[0].segments[0].digest
+    lab._catalog.forget_pack(lab._catalog.locate(blob).pack)
+    files = ModelFiles(lab.root, tmp_path / "worker", ManagerBlobs(manager.ask, manager.close), 1 << 30)
+    with pytest.raises(ChunkMissingError) as told:
+        files.fetch(model)
+    files.close()
+    out, err = capfd.readouterr()
+    assert CANARY not in "".join(traceback.format_exception(told.value)) + caplog.text + out + err
+
+
+def test_of_keys_trust_and_room_all_is_said():
+    for error in (LockedModelError("no key", "id"), NoSpaceError("full"), BadModelError("not ours")):
+        with pytest.raises(type(error)) as told, discretion(is_needed=True):
+            raise error
+        assert (str(told.value) == str(error)) is not isinstance(error, BadModelError)
+    with pytest.raises(BadModelError, match="not ours"), discretion(is_needed=False):
+        raise BadModelError("not ours")
+    assert isinstance(withheld(KeyError("secret")), LoadFailedError)
+    assert "secret" not in str(withheld(KeyError("secret")))

@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import dask.config
 import numpy as np
 import onnx
+import psutil
 import pytest
 from distributed import Scheduler, Security
 from onnx import TensorProto, helper, numpy_helper
@@ -26,14 +30,18 @@ from tether.manager.service import _Manager
 from tether.orchestrator.plugin import OrchestratorPlugin
 from tether.ports import Hop
 from tether.runtimes import inspect
+from tether.runtimes.weights import boundaries
 from tether.security.identity import Identity
 from tether.security.tls import ensure_tls
 from tether.store import Manifest, Repository, encode, signed_message
 from tether.store.format.layout import Piece
 from tether.store.replicas.fetching import FetchRules
+from tether.testing.requirements import needs
 from tether.types import ModelInfo, ModelVersion
+from tether.worker import runner
 from tether.worker.manager_blobs import ManagerBlobs
 from tether.worker.model_files import ModelFiles, load_pinned
+from tether.worker.runner import RunnerPool
 
 LAB = Identity(bytes(range(32)))
 STRANGER = Identity(bytes(range(5, 37)))
@@ -346,6 +354,84 @@ async def test_a_loaded_model_keeps_its_files_until_it_is_closed(link, origin, m
     (await in_thread(files.fetch, third)).pin.release()
     assert not (tmp_path / "replica" / "cache" / model.digest).exists()
     await in_thread(files.close)
+
+
+# --- code, whose process starts while its files come
+
+
+CODE = ModelInfo("custom", "custom", (), (), batched=False, pure=False, code=True)
+
+
+async def test_a_models_process_starts_while_its_files_come(link, origin, tmp_path, monkeypatch):
+    pool = RunnerPool(patience=PROMPT)  # without spares
+    monkeypatch.setattr(runner, "default_pool", lambda: pool)
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "model.py").write_text("class Net:\n    def predict(self, x):\n        return {'y': x + 1}\n")
+    (tmp_path / "net" / "weights").write_bytes(os.urandom(3 * WIDTH))
+    model, _ = publish(origin, tmp_path / "net", {"weights": [Piece(index * WIDTH, WIDTH) for index in range(3)]}, CODE, "")
+    may_come, give = threading.Event(), link.operations.get_blob
+
+    async def late(digest):
+        await asyncio.to_thread(may_come.wait)
+        return await give(digest)
+
+    link.operations.get_blob = late
+    before = set(psutil.Process().children())
+    files = ModelFiles(tmp_path / "nowhere", tmp_path / "replica", ManagerBlobs(link.ask, link.close), 10**9)
+    source = await in_thread(files.fetch, model)
+    loading = asyncio.create_task(in_thread(load_pinned, 1, source))
+    try:
+        deadline = time.monotonic() + PROMPT
+        while not set(psutil.Process().children()) - before:
+            assert time.monotonic() < deadline, "no process"
+            await asyncio.sleep(0.01)
+        assert not loading.done()
+        assert not link.operations.given
+    finally:
+        may_come.set()
+    loaded = await asyncio.wait_for(loading, PROMPT)
+    assert loaded.run({"x": np.zeros(2, np.int64)})["y"].tolist() == [1, 1]
+    loaded.close()
+    await in_thread(files.close)
+
+
+async def test_files_of_code_that_do_not_come_are_a_clear_error_and_are_not_kept(files, link, origin, tmp_path):
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "model.py").write_text("class Net:\n    def predict(self, x):\n        return x\n")
+    model, _ = publish(origin, tmp_path / "net", {}, CODE, "")
+    source = await in_thread(files.fetch, model)
+    released, release = [], source.pin.release
+    source = dataclasses.replace(source, pin=SimpleNamespace(release=lambda: (release(), released.append(True))))
+    link.away = True
+    with pytest.raises(ServiceUnavailableError, match="manager did not give it within"):
+        await in_thread(load_pinned, 1, source)
+    assert released
+
+
+@needs("tensorflow")
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+async def test_a_saved_model_answers_as_it_did_where_it_was_published(files, origin, tmp_path):
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.held = [tf.Variable(np.eye(512, dtype=np.float32) * layer) for layer in range(1, 5)]
+
+    def serve(x):
+        for weight in module.held:
+            x = x @ weight
+        return {"y": x}
+
+    module.serve = tf.function(serve, input_signature=[tf.TensorSpec([None, 512], tf.float32, name="x")], autograph=False)
+    tf.saved_model.save(module, str(tmp_path / "net"), signatures={"serving_default": module.serve})
+    pieces = {name: [Piece(*each) for each in found] for name, found in boundaries(tmp_path / "net", "savedmodel").items()}
+    model, _ = publish(origin, tmp_path / "net", pieces, inspect(tmp_path / "net"), "")
+    source = await in_thread(files.fetch, model)
+    assert not source.path.exists()
+    loaded = await in_thread(load_pinned, 1, source)
+    try:
+        assert loaded.run({"x": np.ones((1, 512), np.float32)})["y"].tolist() == [[24.0] * 512]
+    finally:
+        loaded.close()
 
 
 def test_the_folder_of_replicas_lies_in_the_data_folder(tmp_path):

@@ -11,6 +11,7 @@ import msgspec
 
 from tether.cli.options import Target, as_json, at_lab, run
 from tether.cli.tables import age_text, pairs_text, print_json, print_table
+from tether.errors import NoLabError
 from tether.lab.sizes import size_text
 
 if TYPE_CHECKING:
@@ -153,20 +154,46 @@ def rm(name: str, version: int, target: Target) -> None:
 
 
 @click.command("repair")
-@click.argument("name")
+@click.argument("name", required=False)
 @click.option("--from", "source", type=click.Path(exists=True), help="The file or folder that the version was published from.")
+@click.option("--index", is_flag=True, help="First read from the packs again where each blob lies; also where no lab runs.")
 @at_lab
 @as_json
-def repair(name: str, source: str | None, target: Target, json_: bool) -> None:
+def repair(name: str | None, source: str | None, index: bool, target: Target, json_: bool) -> None:
     """Mend what is damaged of a model ("digits", or one version: "digits:2"); only what is damaged is sent."""
+    if name is None and (source is not None or not index):
+        raise click.UsageError("give the NAME of a model, or --index")
+    if index:
+        packs = _rebuild_index(target)
+        if name is not None or not json_:
+            click.echo(f"index read again from {packs} packs", err=name is not None)
+        else:
+            print_json({"packs": packs})
+    if name is not None:
+        _repair(name, source, target, json_=json_)
+
+
+def _rebuild_index(target: Target) -> int:
+    try:
+        with target.connect() as lab:
+            return int(run(lab.operations.client.rebuild_index())["packs"])
+    except NoLabError:
+        if target.url is not None:
+            raise
+        from tether.lab.mending import rebuild_index  # the store, which `--help` needs not
+
+        return rebuild_index(target.data)
+
+
+def _repair(name: str, source: str | None, target: Target, *, json_: bool) -> None:
     with target.connect() as lab:
         done = lab.repair(name, source)
     if json_:
         print_json(msgspec.to_builtins(done))
     else:
         click.echo(f"{name}: {len(done.found)} damaged, {len(done.repaired)} mended")
-        for digest in done.failed:
-            click.echo(f"nobody has {digest}; give the published files with --from", err=True)
+        for line in done.advice:
+            click.echo(line, err=True)
     sys.exit(0 if done else 1)
 
 

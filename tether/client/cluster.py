@@ -250,6 +250,9 @@ class ManagerClient:
     async def gc(self, *, dry_run: bool, grace: float | None) -> dict[str, Any]:
         return dict(await self._ask("gc", _PUBLISH_TIMEOUT, dry_run=dry_run, grace=grace))
 
+    async def rebuild_index(self) -> dict[str, Any]:
+        return dict(await self._ask("rebuild_index", _PUBLISH_TIMEOUT))
+
     async def forget_store(self, store: str) -> dict[str, Any]:
         return dict(await self._ask("forget_store", store=store))
 

@@ -209,6 +209,9 @@ class HttpClient:
     async def gc(self, *, dry_run: bool, grace: float | None) -> dict[str, Any]:
         return await self._json(_posted("/tether/v1/gc", {"dry_run": dry_run, "grace": grace}, timeout=_LONG))
 
+    async def rebuild_index(self) -> dict[str, Any]:
+        return await self._json(_posted("/tether/v1/index/rebuild", {}, timeout=_LONG))
+
     async def forget_store(self, store: str) -> dict[str, Any]:
         return await self._json(_Call("DELETE", f"/tether/v1/stores/{quote(store, safe='')}"))
 

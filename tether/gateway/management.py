@@ -128,6 +128,10 @@ async def _gc(call: Call) -> Answer:
     return as_json(await call.door.dispatcher.management.gc(dry_run=dry_run, grace=grace))
 
 
+async def _rebuild_index(call: Call) -> Answer:
+    return as_json(await call.door.dispatcher.management.rebuild_index())
+
+
 async def _forget_store(call: Call) -> Answer:
     return as_json(await call.door.dispatcher.management.forget_store(call.path["store"]))
 
@@ -212,6 +216,7 @@ MANAGEMENT: Final = (
     Endpoint("GET", f"{_MODEL}/diff/{{before}}/{{after}}", "manage", _diff, "Which tensors changed, and by how much"),
     Endpoint("POST", f"{_MODEL}/repair", "manage", _repair, "Mend what is damaged with blobs that were uploaded again", _CHECKED, _SMALL),
     Endpoint("POST", f"{_V1}/gc", "manage", _gc, "Delete what no version names", _COLLECT, _SMALL),
+    Endpoint("POST", f"{_V1}/index/rebuild", "manage", _rebuild_index, "Read from the packs again where each blob lies"),
     Endpoint("DELETE", f"{_V1}/stores/{{store}}", "manage", _forget_store, "Forget a host that shares the packs and is gone for good"),
     Endpoint("GET", f"{_V1}/workers", "manage", _workers, "All workers"),
     Endpoint("GET", f"{_V1}/status", "manage", _status, "The services of the lab"),

@@ -230,6 +230,10 @@ class Repair(msgspec.Struct, frozen=True, kw_only=True):
     repaired: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
     """What nobody had."""
+    paths: dict[str, str] = {}
+    """By digest the zarr path that needs what nobody had, where that is known."""
+    advice: tuple[str, ...] = ()
+    """What to do about it, for people."""
 
     def __bool__(self) -> bool:
         return not self.failed

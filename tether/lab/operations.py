@@ -24,6 +24,7 @@ from tether.errors import (
     UnknownAliasError,
     UnknownVersionError,
 )
+from tether.lab.mending import advice
 from tether.lab.objects import (
     AliasMove,
     Collection,
@@ -253,7 +254,8 @@ class Operations:
         ref = ModelRef.parse(model)
         bare = ref.version is None and ref.alias is None and ref.sha is None
         number = None if bare else (await self.version(model)).version
-        return described(Repair, await self.client.repair(_url_name(ref), number))
+        done = described(Repair, await self.client.repair(_url_name(ref), number))
+        return msgspec.structs.replace(done, advice=advice(model, done.failed, done.paths, given=path is not None))
 
     async def gc(self, *, dry_run: bool = False, grace: float | None = None) -> Collection:
         """Free what no version names and is older than `grace` seconds (None: a day); `dry_run` only says what and why."""

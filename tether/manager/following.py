@@ -123,6 +123,8 @@ class Follower:
         """`keys`: the folder of the lab's secrets; `connect` and `link`: to a manager at an address."""
         self._repository, self._keys, self._lab = repository, keys, lab
         self._connect, self._link = connect, link
+        self.is_applying = False
+        """Whether it is fetching what the writer's catalog names: what it has of it is no version here yet."""
 
     async def run(self, address: str, member: str) -> None:
         """Follow the writer at this address until cancelled; what goes on in a thread then is waited for.
@@ -175,6 +177,13 @@ class Follower:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _apply(self, term: int, state: CatalogState, keys: list[str], source: _Source) -> None:
+        self.is_applying = True
+        try:
+            await self._make_the_same(term, state, keys, source)
+        finally:
+            self.is_applying = False
+
+    async def _make_the_same(self, term: int, state: CatalogState, keys: list[str], source: _Source) -> None:
         here = await asyncio.to_thread(self._held)
         wanted = [digest for digest in _digests(state) if digest not in here]
         for start in range(0, len(wanted), _BATCH):

@@ -66,6 +66,11 @@ class Membership:
         """Follow nobody any more."""
         await self._stop_following()
 
+    @property
+    def rests(self) -> bool:
+        """Whether this manager follows another one, and has all that it was told of. From any thread."""
+        return self._following is not None and not self._tenure.holds and not self._follower.is_applying
+
     # --- the orchestrator
 
     async def converse(self, comm: Channel) -> None:

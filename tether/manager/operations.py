@@ -21,6 +21,7 @@ from tether.manager.publishing import EXAMPLE, Publisher
 from tether.security.identity import Identity
 from tether.store import FILES, ModelRecord, Published, Repository, VersionRecord
 from tether.store.format.diff import diff
+from tether.store.format.layout import TENSORS
 from tether.store.replicas.held import Held
 from tether.types import Digest, ModelInfo, ModelRef, ModelVersion, model_name
 
@@ -55,6 +56,7 @@ class Operations:
         "diff",
         "repair",
         "gc",
+        "rebuild_index",
         "forget_store",
         "read_zarr",
         "trust",
@@ -153,13 +155,15 @@ class Operations:
 
     async def repair(self, name: str, version: int | None) -> dict[str, Any]:
         ref = ModelRef.parse(name if version is None else f"{name}:{version}")
-        report = await asyncio.to_thread(self._repository.repair, self._repository.staged_blob, ref)
-        return {"found": list(report.found), "repaired": list(report.repaired), "failed": list(report.failed)}
+        return await asyncio.to_thread(self._repair, ref)
 
     async def gc(self, *, dry_run: bool, grace: float | None) -> dict[str, Any]:
         report = await asyncio.to_thread(self._repository.gc, dry_run=dry_run, **({} if grace is None else {"grace": grace}))
         freed = {"freed_nbytes": report.freed_nbytes, "later_nbytes": report.later_nbytes}
         return {"dry_run": report.dry_run, **freed, "lines": report.lines()}
+
+    async def rebuild_index(self) -> dict[str, Any]:
+        return {"packs": await asyncio.to_thread(self._repository.rebuild_index)}
 
     async def forget_store(self, store: str) -> dict[str, Any]:
         return {"store": store, "was": await asyncio.to_thread(self._repository.forget_store, store)}
@@ -183,6 +187,20 @@ class Operations:
 
     async def rotate(self) -> dict[str, Any]:
         return await asyncio.to_thread(self._grants.rotate)
+
+    def _repair(self, ref: ModelRef) -> dict[str, Any]:
+        report = self._repository.repair(self._repository.staged_blob, ref)
+        paths = self._paths(ref, set(report.failed)) if report.failed else {}
+        return {"found": list(report.found), "repaired": list(report.repaired), "failed": list(report.failed), "paths": paths}
+
+    def _paths(self, ref: ModelRef, blobs: set[Digest]) -> dict[Digest, str]:
+        """Of these blobs the array that each is of."""
+        try:
+            manifest = self._repository.manifest(self._repository.resolve(ref).digest)
+        except (StoreError, LockedModelError):  # it is what could not be mended, or nobody here may read it
+            return {}
+        arrays = [array for array in manifest.arrays if not array.path.startswith(f"{TENSORS}/")]
+        return {part.digest: array.path for array in arrays for part in array.segments if part.digest in blobs}
 
     def _published(self, published: Published, record: VersionRecord) -> dict[str, Any]:
         info = msgspec.to_builtins(self._facts(record.digest).info)

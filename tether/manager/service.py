@@ -29,6 +29,7 @@ from tether.errors import (
     from_code,
 )
 from tether.manager import secrets
+from tether.manager.collecting import FollowerCollection
 from tether.manager.following import Follower
 from tether.manager.membership import Membership, Signal
 from tether.manager.operations import Operations
@@ -112,6 +113,11 @@ class _Manager(Server):  # type: ignore[misc]  # distributed is untyped
                 await asyncio.sleep(_RECONNECT)
         finally:
             await membership.aclose()
+
+    @property
+    def rests(self) -> bool:
+        """As `Membership` says."""
+        return self._membership is not None and self._membership.rests
 
     async def _enter(self) -> Membership:
         repository = self._operations.repository
@@ -208,11 +214,14 @@ def _command(orchestrator: str, data: str | None, host: str, port: int, take_ove
             following = asyncio.create_task(server.follow())
             scrubber = Scrubber(repository, folder.run / "scrub.json")
             scrubber.start()
+            collection = FollowerCollection(repository, lambda: server.rests)
+            collection.start()
             life.ready(address=server.address)
             try:
                 await _until(life.ended(), following)
             finally:
                 await asyncio.to_thread(scrubber.stop)
+                await asyncio.to_thread(collection.stop)
                 await server.close()
 
     with dask.config.set(HOUSEKEEPING | {"temporary-directory": str(folder.runtime)}):

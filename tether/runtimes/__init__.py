@@ -12,9 +12,10 @@ from tether.types import ModelFormat, ModelInfo
 
 if TYPE_CHECKING:
     from tether.ports import LoadedModel, Runtime
+    from tether.runtimes.arrivals import Arrivals
     from tether.runtimes.signatures import Signature
 
-__all__ = ["FORMATS", "FRAMEWORKS", "inspect", "load", "recognise", "runtime_for", "warm"]
+__all__ = ["FORMATS", "FRAMEWORKS", "inspect", "load", "load_arriving", "recognise", "runtime_for", "warm"]
 
 FRAMEWORKS = ("custom", "onnx", "torch", "tensorflow")
 """In the order of recognition: a folder's `model.py` decides, since it may load any other file beside it."""
@@ -74,6 +75,20 @@ def load(path: Path, info: ModelInfo, threads: int = 1) -> LoadedModel:
     """
     _check_there(path)
     return runtime_for(info.framework).load(path, info, threads)
+
+
+def load_arriving(path: Path, info: ModelInfo, threads: int, arrivals: Arrivals) -> LoadedModel:
+    """As `load`, of files that are still coming and will lie in `path`: the library is imported meanwhile.
+
+    A runtime that can do more before they are whole has a `load_arriving` of its own. Raises: what `arrivals` raises besides.
+    """
+    warm(info.framework)
+    own = getattr(runtime_for(info.framework), "load_arriving", None)
+    if own is not None:
+        loaded: LoadedModel = own(path, info, threads, arrivals)
+        return loaded
+    arrivals.wait_whole()
+    return load(path, info, threads)
 
 
 def warm(framework: str) -> None:

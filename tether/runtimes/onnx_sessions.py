@@ -110,7 +110,7 @@ class Prepacking:
         try:
             thread.start()
         except RuntimeError as error:  # the system has no thread left
-            log.warning(_FAILED, model=self._mapped.name, error=str(error))
+            log.warning(_FAILED, error=str(error))
             return
         self._thread = thread
 
@@ -139,7 +139,7 @@ class Prepacking:
             return _session_over(self._mapped, self._options)
         except Exception as error:
             if not self._is_cancelled:
-                log.warning(_FAILED, model=self._mapped.name, error=said(error))
+                log.warning(_FAILED, error=type(error).__name__)  # what it says may name tensors of an encrypted model
             return None
 
     def _keep(self, session: Any) -> None:

@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import structlog
+
 from tether.errors import BadModelError
 from tether.runtimes import tensors
+from tether.runtimes.arrivals import Arrivals
+from tether.runtimes.savedmodel_restoring import UnusualModelError, restoring
 from tether.runtimes.weights import keras_files, savedmodel
 from tether.types import Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec
 
@@ -45,6 +49,7 @@ _IMPURE = (
     "Iterator",
 )
 """Beginnings of the names of operations that keep something or answer differently each time."""
+log = structlog.get_logger("tether.runtimes")
 _SIGNATURE = "serving_default"
 _Call = Callable[[Tensors], Mapping[str, Any]]
 _Loaded = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], bool, _Call]
@@ -75,10 +80,17 @@ class TensorFlowRuntime:
 
     def load(self, path: Path, info: ModelInfo, threads: int = 1) -> TensorFlowModel:
         """Raises: BadModelError, MissingDependencyError. `threads` holds for the process, from its first TensorFlow model on."""
+        return self.load_arriving(path, info, threads, Arrivals(whole=True))
+
+    def load_arriving(self, path: Path, info: ModelInfo, threads: int, arrivals: Arrivals) -> TensorFlowModel:
+        """As `load`, of files that are still coming and will lie in `path`: of a SavedModel each variable has its value when it came."""
         tf = _library()
         with contextlib.suppress(RuntimeError):  # TensorFlow takes it only before its first operation
             tf.config.threading.set_intra_op_parallelism_threads(threads)
             tf.config.threading.set_inter_op_parallelism_threads(1)
+        if info.format == "savedmodel":
+            return TensorFlowModel(info, _restored(tf, path, arrivals))
+        arrivals.wait_whole()
         return TensorFlowModel(info, _load(path, info.format)[3])
 
 
@@ -128,11 +140,36 @@ def _library() -> Any:
     return tf
 
 
+def _restored(tf: Any, path: Path, arrivals: Arrivals) -> _Call:
+    """The signature of a SavedModel whose variables we read. One with anything unusual is TensorFlow's to load, when it is whole."""
+    with tensors.failures(_not_loaded(path), BadModelError):
+        try:
+            with arrivals.folder(path) as folder, restoring(tf, folder, arrivals) as loaded:
+                call = _signature(tf, loaded)[2]
+        except (UnusualModelError, FileNotFoundError) as error:  # the latter: what was coming was thrown away, for files of before
+            reason = str(error) if isinstance(error, UnusualModelError) else "its files were replaced"
+            log.info("restored by TensorFlow alone", reason=reason)  # reasons name nothing of the model, which may be encrypted
+        else:
+            return call
+        arrivals.wait_whole()
+        return _load_saved(path)[3]
+
+
 def _load_saved(path: Path) -> _Loaded:
-    savedmodel.check(path, f"{path.name} can't be loaded as a SavedModel")  # before TensorFlow sees it: its operations reach any file
+    savedmodel.check(path, _not_loaded(path))  # before TensorFlow sees it: its operations reach any file
     tf = _library()
-    with tensors.failures(f"{path.name} can't be loaded as a SavedModel", BadModelError):
+    with tensors.failures(_not_loaded(path), BadModelError):
         loaded = tf.saved_model.load(str(path))
+    inputs, outputs, call = _signature(tf, loaded)
+    return inputs, outputs, _is_pure(loaded.signatures[_SIGNATURE].graph.as_graph_def()), call
+
+
+def _not_loaded(path: Path) -> str:
+    return f"{path.name} can't be loaded as a SavedModel"
+
+
+def _signature(tf: Any, loaded: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], _Call]:
+    """Inputs, outputs, and the function."""
     if _SIGNATURE not in loaded.signatures:
         names = ", ".join(loaded.signatures) or "none"
         raise BadModelError(f"the SavedModel has no signature {_SIGNATURE!r} (it has: {names}); save it with signatures=model.call")
@@ -149,7 +186,7 @@ def _load_saved(path: Path) -> _Loaded:
         answer: Mapping[str, Any] = function(**values)
         return answer
 
-    return inputs, outputs, _is_pure(function.graph.as_graph_def()), call
+    return inputs, outputs, call
 
 
 def _is_pure(graph: Any) -> bool:

@@ -163,7 +163,8 @@ class Library:
 
         Raises: NotFoundError: no tensor of such a name; ChunkMissingError, ChunkAlteredError.
         """
-        with closing(self.iter_tensors(version, names, threads=threads)) as found:
+        manifest = version if isinstance(version, Manifest) else self.manifest(version)
+        with closing(tensor_arrays(self._blobs, tensors_of(manifest, names), threads, together=True)) as found:
             return dict(found)
 
     def iter_tensors(

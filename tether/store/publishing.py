@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tether.errors import ChunkAlteredError, ChunkMissingError, MalformedManifestError, MissingBlobsError
@@ -48,6 +48,7 @@ class Publishing(Library):
             manifest=self.public_manifest,
             publishing=self._publishing,
             unsettled=self._staging.unsettled,
+            staged=self._staging.nbytes,
             promises=self._promises,
             shared=self._shared,
             clock=self._clock,
@@ -71,16 +72,18 @@ class Publishing(Library):
         Raises: PayloadTooLargeError: over 4 MiB; DigestMismatchError; NoSpaceError.
         """
         self._check_writable()
-        if not is_digest(digest) or not self._is_whole(digest) or digest_of(data) != digest:
+        if not is_digest(digest) or self._lacking([digest]) or digest_of(data) != digest:
             self._staging.put(digest, data)
 
-    def _is_whole(self, digest: Digest) -> bool:
-        """Whether it need not be sent. It is read, so that publishing a model again heals what was damaged."""
-        self._promises.note([digest])
-        whole = self._blobs.is_whole(digest) or (self._marker.look() > 0 and self._blobs.is_whole(digest))
-        if not whole:
-            self._promises.release([digest])
-        return whole
+    def _lacking(self, digests: Sequence[Digest]) -> set[Digest]:
+        """Those that have to be sent. The others are read, so that publishing a model again heals what was damaged."""
+        self._check_writable()  # each time: another writer's pieces would come to lie in the same pending pack
+        stored = self._promised(digests)
+        damaged = {digest for digest, place in stored.items() if not self._blobs.is_whole(digest, place)}
+        if damaged and self._marker.look():
+            damaged = {digest for digest in damaged if not self._blobs.is_whole(digest)}
+        self._promises.release(damaged)
+        return {digest for digest in digests if digest not in stored or digest in damaged}
 
     def missing(self, digests: Iterable[Digest]) -> list[Digest]:
         """Those that are neither stored nor staged: what a publisher has to send."""
@@ -115,12 +118,12 @@ class Publishing(Library):
         Raises: NoModelFileError, BadModelError: links, special files, impossible names; NoSpaceError.
         """
         self._check_writable()
-        return cut_files(source, _Stager(self._is_whole, self._staging), boundaries or {})
+        return cut_files(source, _Stager(self._lacking, self._staging), boundaries or {})
 
     def add_file(self, path: Path, name: str, ranges: Sequence[Piece] = ()) -> ArrayEntry:
         """The same for one file, as `name`: its relative path, `.tether/…` for what is not the model's own."""
         self._check_writable()
-        return cut_file(path, name, _Stager(self._is_whole, self._staging), ranges)
+        return cut_file(path, name, _Stager(self._lacking, self._staging), ranges)
 
     def add_bytes(self, name: str, data: bytes) -> ArrayEntry:
         """The same for one file that is in memory."""
@@ -256,22 +259,20 @@ class Publishing(Library):
 class _Stager:
     """Stages the pieces of files on this disk, side by side."""
 
-    def __init__(self, is_whole: Callable[[Digest], bool], staging: Staging) -> None:
-        self._is_whole = is_whole
+    def __init__(self, lacking: Callable[[Sequence[Digest]], Collection[Digest]], staging: Staging) -> None:
+        self.needs = lacking
         self._staging = staging
         self._run = Run()
 
-    def needs(self, digest: Digest) -> bool:
-        return not self._is_whole(digest)
+    def place(self, blobs: Sequence[Planned]) -> Callable[[Sequence[memoryview]], None]:
+        planned = {blob.digest: blob for blob in blobs}
+        slots = [self._staging.reserve(blob, self._run) for blob in blobs]
 
-    def place(self, digest: Digest, nbytes: int, offset: int) -> Callable[[memoryview], None]:
-        blob = Planned(digest, nbytes, offset)
-        slot = self._staging.reserve(blob, self._run)
-
-        def write(data: memoryview) -> None:
-            place = slot
-            while place is not None and not self._staging.fill(place, data):
-                place = self._staging.reserve(blob, self._run)
+        def write(parts: Sequence[memoryview]) -> None:
+            late = self._staging.fill_all((slot, part) for slot, part in zip(slots, parts, strict=True) if slot)
+            while late:
+                again = [(self._staging.reserve(planned[slot.digest], self._run), part) for slot, part in late]
+                late = self._staging.fill_all((slot, part) for slot, part in again if slot)
 
         return write
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
-from tether.errors import ConflictError, FormatTooNewError, StoreError
+from tether.errors import FormatTooNewError, StoreError
 from tether.store.collecting.sharing import attach, is_shared
 from tether.store.format.records import AliasChange
 from tether.store.packing.disk import PARTIAL, disk_errors, sync_folder, write_atomically
 from tether.store.packing.reserve import reserve_of
+from tether.store.packing.writer_lock import WriterLock
 from tether.store.publishing import checked_alias
 from tether.store.upkeep import Upkeep
 from tether.types import Digest, ModelRef
@@ -33,11 +32,12 @@ class Repository(Upkeep):
     Each method raises StoreError (NoSpaceError where the disk is full) when the disk refuses; what was acknowledged before stays.
     """
 
-    def __init__(self, root: Path, lock: IO[str] | None, clock: Callable[[], float]) -> None:
+    def __init__(self, root: Path, lock: WriterLock | None, clock: Callable[[], float]) -> None:
         """Use `open`. `lock`: the held writer's lock; None reads only."""
         super().__init__(root, clock, read_only=lock is None)
         self._lock = lock
-        self._process = os.getpid()
+        if lock is not None:
+            self._catalog.guard(lock.check)
 
     @classmethod
     def open(
@@ -69,13 +69,13 @@ class Repository(Upkeep):
     def _open_to_write(cls, root: Path, own: str | None, packs: Path | None, clock: Callable[[], float]) -> Self:
         with disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(root / "writer.lock")
+            lock = WriterLock.take(root / "writer.lock")
         try:
             _make_folders(root, packs)
             repository = cls(root, lock, clock)
             repository._start(own, named=packs is not None)
         except BaseException:
-            lock.close()
+            lock.release()
             raise
         return repository
 
@@ -112,11 +112,13 @@ class Repository(Upkeep):
                 self._staging.close()
 
     def _unlock(self) -> None:
-        if self._lock is not None and not self._lock.closed:
-            if self._process == os.getpid():
-                with suppress(OSError):  # what was written is told already; closing gives the lock up, too
-                    fcntl.flock(self._lock, fcntl.LOCK_UN)  # else it is held until the last forked child ends
-            self._lock.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def _check_writable(self) -> None:
+        super()._check_writable()
+        if self._lock is not None:
+            self._lock.check()
 
     def __enter__(self) -> Self:
         return self
@@ -200,22 +202,6 @@ def _make_folders(root: Path, packs: Path | None) -> None:
     with disk_errors(root):
         for name in _FOLDERS:
             (root / name).mkdir(exist_ok=True)
-
-
-def _take_lock(path: Path) -> IO[str]:
-    """Held until closed, and by no process that died. Raises: ConflictError: naming the process that holds it."""
-    file = path.open("a+", encoding="ascii")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read(32).strip() or "unknown"
-        file.close()
-        raise ConflictError(f"process {holder} already writes the store {path.parent}: stop it, or open the store for reading") from None
-    with suppress(OSError):  # on a full disk the lock is held all the same, only by whom can't be told
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f"{os.getpid()}\n".encode())
-    return file
 
 
 def _bare(name: str) -> ModelRef:

@@ -22,6 +22,7 @@ from tether.store.format.manifest import ArrayEntry, Manifest, Seal, digest_of, 
 from tether.store.format.packs import missing as missing_blob
 from tether.store.packing.files import cut_bytes, cut_file
 from tether.store.packing.parallel import buffer
+from tether.store.packing.staging import Planned
 from tether.store.repository import Repository
 from tether.types import Digest, model_name
 
@@ -162,14 +163,18 @@ class SealedIntake:
         """As `Intake` says."""
         return cut_bytes(name, data, self.put)
 
-    def needs(self, digest: Digest) -> bool:
-        """For `files.cut_file`: whether a piece of a file is to be put in."""
-        return bool(self.missing([digest]))
+    def needs(self, digests: Sequence[Digest]) -> list[Digest]:
+        """For `files.cut_file`: which pieces of a file are to be put in."""
+        return self.missing(digests)
 
-    def place(self, digest: Digest, nbytes: int, offset: int) -> Callable[[memoryview], None]:
-        """For `files.cut_file`: what takes the piece."""
-        del nbytes, offset
-        return lambda data: self.put(digest, data)
+    def place(self, blobs: Sequence[Planned]) -> Callable[[Sequence[memoryview]], None]:
+        """For `files.cut_file`: what takes the pieces."""
+
+        def put(parts: Sequence[memoryview]) -> None:
+            for blob, part in zip(blobs, parts, strict=True):
+                self.put(blob.digest, part)
+
+        return put
 
     def finished(self, manifest: Manifest) -> bytes:
         """As `Intake` says: the public manifest; the private part is staged.

@@ -44,7 +44,7 @@ def survey(versions: Iterable[VersionRecord], manifest: Callable[[Digest], bytes
         found.add_version(version, manifest)
     found.check(found.named())
     for pack in packs:
-        found.check(found.unnamed(pack))
+        found.check(found.unnamed(pack), pack)
     report = Report(len(found.sizes), sum(found.sizes.values()), tuple(found.problems))
     return Damage(report, list(found.manifests), list(found.altered), found.packs)
 
@@ -90,14 +90,22 @@ class _Survey:
         try:
             index = scan(pack)
         except TetherError as error:
-            self.packs.append(pack.name)
-            self.problems.append(problem(pack.name, Digest(pack.stem), error))
             index = []
+            if not self._is_collected(pack):
+                self.packs.append(pack.name)
+                self.problems.append(problem(pack.name, Digest(pack.stem), error))
         return [line for line in lines_of(self._blobs, pack.name, index) if line.digest not in self.sizes]
 
-    def check(self, lines: Sequence[Line]) -> None:
+    def _is_collected(self, pack: Path) -> bool:
+        """Whether it was garbage, and went meanwhile."""
+        return not pack.exists() and not self._blobs.lines_of(pack.name)
+
+    def check(self, lines: Sequence[Line], pack: Path | None = None) -> None:
+        """`pack`: in which they lie, where no version names them."""
         threads = threads_for(sum(map(_nbytes, lines)))
         for line, nbytes, error in in_batches(partial(look, self._blobs), lines, _nbytes, threads):
+            if error is not None and pack is not None and self._is_collected(pack):
+                continue
             self.sizes[line.digest] = nbytes
             if error is not None:
                 self.altered[line.digest] = error

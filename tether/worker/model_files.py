@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from tether.errors import ChunkAlteredError, ChunkMissingError, NotFoundError, ServiceUnavailableError, StoreError, UntrustedCodeError
 from tether.ports import BlobSource, LoadedModel
+from tether.runtimes.arrivals import Arrivals, Coming
 from tether.store import Manifest, Repository
 from tether.store.replicas.cache import CacheBudget, Pin
 from tether.store.replicas.fetching import FetchRules
 from tether.store.replicas.replicated import Replicated
 from tether.store.replicas.repository_blobs import RepositoryBlobs
 from tether.types import Digest, ModelRef, ModelVersion
+from tether.worker.discretion import discretion, withheld
 from tether.worker.engine import Source
 from tether.worker.manager_blobs import ManagerBlobs
 from tether.worker.runner import load_model
@@ -34,6 +37,13 @@ class PinnedSource(Source):
     pin: Pin | _InMemory
     scratch: Path | None = None
     """Of an encrypted version: where a library that unpacks a model may do so."""
+    fetch: Callable[[Arrivals], object] | None = None
+    """Brings the files, which are not there before; a runner does meanwhile what it can without them, or with some."""
+
+    @property
+    def files(self) -> Path | Coming:
+        """As `load_model` takes them."""
+        return self.path if self.fetch is None else Coming(self.path, self.fetch)
 
 
 class _InMemory:
@@ -64,14 +74,19 @@ class _PinnedModel:
 
 
 def load_pinned(threads: int, source: Source) -> LoadedModel:
-    """Bring the model into memory; its files may be evicted when it is closed. Raises: what `load_model` raises."""
+    """Bring the model into memory; its files may be evicted when it is closed.
+
+    Raises: what `load_model` raises, of an encrypted model without its text.
+    """
     if not isinstance(source, PinnedSource):
         return load_model(source.path, source.info, threads)
     try:
-        return _PinnedModel(load_model(source.path, source.info, threads, scratch=source.scratch), source.pin)
-    except BaseException:
+        return _PinnedModel(load_model(source.files, source.info, threads, scratch=source.scratch), source.pin)
+    except BaseException as error:
         source.pin.release()
-        raise
+        if source.scratch is None or not isinstance(error, Exception):
+            raise
+        raise withheld(error) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +98,7 @@ class _Lab:
 
 
 class ModelFiles:
-    """Gives the verified files of any version that the manager has. Methods may be called from any thread."""
+    """Gives the verified files of any version that the manager has, or what fetches them. Methods may be called from any thread."""
 
     def __init__(self, store: Path, replica: Path, manager: ManagerBlobs, cache_nbytes: int, rules: FetchRules | None = None) -> None:
         """`store`: where the lab's is, if it is on this host; `replica`: for what is fetched, this worker's alone.
@@ -116,10 +131,12 @@ class ModelFiles:
             return None
         if record.digest != model.digest:
             return None
-        manifest = lab.repository.manifest(model.digest)
-        _check_trust(model, manifest, record.publisher, trusted=lab.repository.trusted(record.publisher, "code"))
-        if lab.repository.public_manifest(model.digest).encryption is not None:
-            return _in_memory(lab.repository, model.digest, manifest)
+        is_encrypted = lab.repository.public_manifest(model.digest).encryption is not None
+        with discretion(is_needed=is_encrypted):
+            manifest = lab.repository.manifest(model.digest)
+            _check_trust(model, manifest, record.publisher, trusted=lab.repository.trusted(record.publisher, "code"))
+            if is_encrypted:
+                return _in_memory(lab.repository, model.digest, manifest)
         pin = lab.budget.pin(model.digest)
         try:
             if not (lab.repository.root / "cache" / model.digest).exists():
@@ -139,6 +156,9 @@ class ModelFiles:
         try:
             if not (replica.local.root / "cache" / model.digest).exists():
                 budget.make_room(2 * manifest.nbytes)  # blobs and checkout
+            if manifest.info.code:  # it runs in a process of its own, which starts while they come
+                path = replica.local.root / "cache" / model.digest / manifest.entry
+                return PinnedSource(path, manifest.info, pin, fetch=partial(_check_out, replica, model, manifest.entry))
             return PinnedSource(replica.checkout(model.digest, model.name) / manifest.entry, manifest.info, pin)
         except BaseException:
             pin.release()
@@ -153,7 +173,8 @@ class ModelFiles:
         with budget.pin(model.digest):
             budget.make_room(replica.public_manifest(model.digest).nbytes)
             replica.replicate(model.digest, model.name)
-            return _in_memory(replica.local, model.digest, replica.local.manifest(model.digest))
+            with discretion(is_needed=True):
+                return _in_memory(replica.local, model.digest, replica.local.manifest(model.digest))
 
     def _known(self, replica: Replicated, model: ModelVersion) -> Manifest:
         """The manifest, if its code is trusted. What runs no code may be loaded while the manager is away."""
@@ -198,6 +219,11 @@ class ModelFiles:
                 self._replicated.local.close()
             if self._lab is not None:
                 self._lab.repository.close()
+
+
+def _check_out(replica: Replicated, model: ModelVersion, entry: str, arrivals: Arrivals) -> None:
+    """A model that is one file is of no use in parts, and what is said is of folders."""
+    replica.checkout(model.digest, model.name, watcher=None if entry else arrivals)
 
 
 def _in_memory(repository: Repository, digest: Digest, manifest: Manifest) -> PinnedSource:

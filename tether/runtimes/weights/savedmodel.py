@@ -16,12 +16,12 @@ from tether.errors import BadModelError, HostileModelError
 from tether.runtimes import protobuf
 from tether.runtimes.protobuf import Source
 from tether.runtimes.weights import savedmodel_graph
-from tether.runtimes.weights.limits import MAX_METADATA_NBYTES, MAX_TENSORS
+from tether.runtimes.weights.limits import MAX_METADATA_NBYTES, MAX_TENSORS, checked
 from tether.runtimes.weights.savedmodel_nodes import TF_DTYPES, check_plain_file, parts, shape_of, signed
 from tether.runtimes.weights.sinks import Sink
 from tether.types import StoredTensor
 
-__all__ = ["check", "index"]
+__all__ = ["Bundle", "bundle", "check", "index"]
 
 check = savedmodel_graph.check
 
@@ -34,6 +34,7 @@ _MAX_SHARDS = 10_000
 _MAX_ENTRIES = 4 * MAX_TENSORS
 """Strings, slices and optimizer state among them are no tensors of ours."""
 _GRAPH = b"_CHECKPOINTABLE_OBJECT_GRAPH"
+_OBJECT_GRAPH = "the object graph of the SavedModel"
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 _STRING = 7
 
@@ -51,6 +52,46 @@ class _Entry(NamedTuple):
     crc: bytes
     sliced: bool
     """A partitioned variable: its parts are entries of their own."""
+
+
+class Bundle(NamedTuple):
+    """What `variables/` holds, by the keys of the checkpoint."""
+
+    tensors: dict[str, StoredTensor]
+    graph: StoredTensor | None
+    """The `TrackableObjectGraph`, as a string tensor's bytes; None: TensorFlow 1 wrote it."""
+
+    def object_graph(self, folder: Path) -> bytes:
+        """The serialized graph, once its bytes are there. Raises: BadModelError: there is none, or it is damaged."""
+        if self.graph is None:
+            raise BadModelError("the SavedModel has no object graph: save it again with TensorFlow 2")
+        with (folder / self.graph.file).open("rb") as file:
+            file.seek(self.graph.offset)
+            return _string(file.read(self.graph.nbytes))
+
+
+def bundle(folder: Path) -> Bundle:
+    """Reads `variables.index` alone: data files need to have their size, not yet their bytes. Strings and variables in parts are left out.
+
+    Raises: BadModelError: damaged, or a tensor that is not in its file; HostileModelError: links, overlaps.
+    """
+    check_plain_file(folder, _INDEX)
+    shards, entries = _bundle(folder / _INDEX)
+    tensors = checked(_plain(folder, shards, entries), lambda name: (folder / name).stat().st_size)
+    graph = _graph_entry(shards, entries)
+    if graph is None:
+        return Bundle({tensor.name: tensor for tensor in tensors}, None)
+    found = StoredTensor(_GRAPH.decode(), "uint8", (graph.nbytes,), _shard(folder, graph.shard, shards), graph.offset, graph.nbytes)
+    return Bundle({tensor.name: tensor for tensor in tensors}, *checked([found], lambda name: (folder / name).stat().st_size))
+
+
+def _plain(folder: Path, shards: int, entries: list[_Entry]) -> Iterator[StoredTensor]:
+    for entry in entries:
+        dtype = TF_DTYPES.get(entry.dtype)
+        if dtype is None or entry.sliced or entry.shape is None or not 0 <= entry.shard < shards or entry.key.startswith(b"\0"):
+            continue
+        key = entry.key.decode("utf-8", "replace")
+        yield StoredTensor(key, dtype, entry.shape, _shard(folder, entry.shard, shards), entry.offset, entry.nbytes)
 
 
 def index(path: Path, name: str, sink: Sink) -> Iterator[StoredTensor]:
@@ -212,21 +253,32 @@ def _names(folder: Path, shards: int, entries: list[_Entry]) -> dict[bytes, str]
 
 def _full_names(folder: Path, shards: int, entries: list[_Entry]) -> dict[bytes, str]:
     """Checkpoint key → the name of the variable, from the object graph; none where there is no such entry (TensorFlow 1)."""
-    entry = next((entry for entry in entries if entry.key == _GRAPH and entry.dtype == _STRING), None)
-    if entry is None or not 0 <= entry.shard < shards or not 0 < entry.nbytes <= MAX_METADATA_NBYTES or entry.offset < 0:
+    entry = _graph_entry(shards, entries)
+    if entry is None:
         return {}
     with (folder / _shard(folder, entry.shard, shards)).open("rb") as file:
         file.seek(entry.offset)
-        data = file.read(entry.nbytes)
-    source = Source("the object graph of the SavedModel", data)
+        source = Source(_OBJECT_GRAPH, _string(file.read(entry.nbytes)))
+    return _attributes(source, 0, source.nbytes)
+
+
+def _graph_entry(shards: int, entries: list[_Entry]) -> _Entry | None:
+    entry = next((entry for entry in entries if entry.key == _GRAPH and entry.dtype == _STRING), None)
+    if entry is None or not 0 <= entry.shard < shards or not 0 < entry.nbytes <= MAX_METADATA_NBYTES or entry.offset < 0:
+        return None
+    return entry
+
+
+def _string(data: bytes) -> bytes:
+    """The one string of a string tensor: its length, a checksum of that, itself. Raises: BadModelError: it is cut off."""
     try:
         length, at = protobuf.varint(data, 0)
     except IndexError:
-        raise source.garbled() from None
+        raise Source(_OBJECT_GRAPH, data).garbled() from None
     at += 4  # the checksum of the length
     if at + length > len(data):
-        raise source.garbled()
-    return _attributes(source, at, at + length)
+        raise Source(_OBJECT_GRAPH, data).garbled()
+    return data[at : at + length]
 
 
 def _attributes(source: Source, start: int, end: int) -> dict[bytes, str]:

@@ -222,7 +222,10 @@ def _check_operation(node: Node) -> None:
 
 
 def _is_path(node: Node) -> bool:
-    return node.op == "Const" and any(text[:1] in {b"/", b"~"} or b".." in text or b"://" in text for text in node.texts)
+    """Not every `..`: a key of a checkpoint has two dots where the name of its object has one."""
+    return node.op == "Const" and any(
+        text[:1] in {b"/", b"~"} or b".." in text.replace(b"\\", b"/").split(b"/") or b"://" in text for text in node.texts
+    )
 
 
 def _signature_nodes(source: Source, entry: Part) -> Iterator[str]:

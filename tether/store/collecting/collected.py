@@ -42,6 +42,8 @@ class GcReport:
     """What no version names and stays for now."""
     skipped: tuple[str, ...] = ()
     """What was not done that would have been right, and what to do about it."""
+    seals: int = 0
+    """Notes of what was encrypted that were forgotten: their blobs are gone."""
     problems: tuple[Problem, ...] = ()
     """Damage that was met; what is damaged stays where it is."""
 
@@ -71,6 +73,8 @@ class GcReport:
             yield f"{rewrite} {len(rest)} more packs, {readable(sum(change.nbytes - change.left_nbytes for change in rest))} less"
         if self.manifests:
             yield f"{delete} {self.manifests} manifests of versions that were deleted"
+        if self.seals:
+            yield f"{'would forget' if self.dry_run else 'forgot'} {self.seals} notes of what was encrypted: it is stored no more"
 
     def _stays(self) -> Iterator[str]:
         for kept in self.kept:
@@ -86,7 +90,7 @@ class GcReport:
         return f"{verb} {readable(self.freed_nbytes)} now, {readable(self.later_nbytes)} later"
 
 
-def planned(plan: Plan, skipped: tuple[str, ...] = ()) -> GcReport:
+def planned(plan: Plan, seals: int = 0) -> GcReport:
     """What carrying out the plan would do."""
     return GcReport(
         dry_run=True,
@@ -97,7 +101,8 @@ def planned(plan: Plan, skipped: tuple[str, ...] = ()) -> GcReport:
         ),
         manifests=len(plan.manifests),
         kept=plan.kept,
-        skipped=(*plan.unknown, *skipped),
+        skipped=plan.unknown,
+        seals=seals,
     )
 
 

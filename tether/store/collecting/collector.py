@@ -19,6 +19,7 @@ from tether.errors import ChunkAlteredError, ChunkMissingError, ConflictError, N
 from tether.store.collecting.collected import UNNEEDED, GcReport, PackChange, planned, readable
 from tether.store.collecting.collection import GRACE, WHOLE, Need, Plan, Rewrite, need_of
 from tether.store.collecting.marking import Marked, Marker, Surroundings, scanned
+from tether.store.collecting.sealed import count_stray_seals, forget_stray_seals
 from tether.store.faults import reach
 from tether.store.format.packs import MAGIC, Located, Location, index_bytes, place
 from tether.store.format.records import Problem
@@ -63,6 +64,7 @@ class _Done:
     deleted: list[PackChange] = field(default_factory=list)
     rewritten: list[PackChange] = field(default_factory=list)
     manifests: int = 0
+    seals: int = 0
     skipped: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -74,6 +76,7 @@ class _Done:
             manifests=self.manifests,
             kept=plan.kept,
             skipped=(*plan.unknown, *self.skipped),
+            seals=self.seals,
             problems=tuple(self.problems),
         )
 
@@ -95,7 +98,7 @@ class Collector:
             raise ConflictError("a garbage collection already runs in this store: wait for it")
         try:
             marked = self.mark(grace, dry_run=dry_run)
-            return planned(marked.plan) if dry_run else self.sweep(marked)
+            return planned(marked.plan, count_stray_seals(self._store, marked.plan)) if dry_run else self.sweep(marked)
         finally:
             self._collecting.release()
 
@@ -115,6 +118,7 @@ class Collector:
         for rewrite in sorted(marked.plan.rewrites, key=lambda rewrite: rewrite.nbytes):
             self._rewrite(marked, rewrite, done, needs)
         done.manifests = self._delete_manifests(marked)
+        done.seals = forget_stray_seals(self._store, marked.plan)
         with self._store.publishing:
             self._store.shared.declare(needs)
         return done.report(marked.plan)
@@ -278,6 +282,7 @@ class Collector:
         """Take files out of the way of everybody, at once; deleting large ones takes its time."""
         aside, folder = [], self._store.packs
         packs = list(packs)
+        self._store.catalog.check_writer()  # another one may have taken a condemned pack back by now
         with disk_errors(folder):
             for name in packs:
                 with suppress(FileNotFoundError):

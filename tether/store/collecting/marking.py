@@ -42,6 +42,8 @@ class Surroundings(NamedTuple):
     """Held by who commits a version or enters packs."""
     unsettled: Callable[[], Collection[str]]
     """Packs that are in the folder and that a publish, which did not get to its end, will enter when it is tried again."""
+    staged: Callable[[Digest], int | None]
+    """Size of a blob that lies in no pack yet; None: it is not staged."""
     promises: Promises
     shared: PackFolder
     clock: Callable[[], float]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -58,8 +59,8 @@ _KEY_ID = re.compile(r"[0-9a-f]{32}")
 _GROUPS = (FILES, KEYS, TENSORS)
 
 
-class Segment(msgspec.Struct, frozen=True, array_like=True):
-    """A range of a blob."""
+class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A range of a blob. It is in no cycle, so Python's collector need not look at thousands of them."""
 
     digest: Digest
     offset: int
@@ -136,7 +137,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def blobs(self) -> list[Digest]:
         """Every blob once, in the order of the files; then those of the private part."""
         private = self.encryption.private if self.encryption else ()
-        digests = (segment.digest for array in self.arrays for segment in array.segments)
+        digests = [segment.digest for array in self.arrays for segment in array.segments]
         return list(dict.fromkeys([*digests, *(seal.digest for seal in private)]))
 
 
@@ -166,7 +167,7 @@ def encode(manifest: Manifest) -> bytes:
 
     Raises: MalformedManifestError: it breaks a rule of the format.
     """
-    manifest = msgspec.structs.replace(manifest, arrays=tuple(sorted(manifest.arrays, key=lambda array: array.path)))
+    manifest = msgspec.structs.replace(manifest, arrays=tuple(sorted(manifest.arrays, key=operator.attrgetter("path"))))
     _check(manifest)
     try:
         data = _canonical(manifest)
@@ -187,10 +188,7 @@ def decode(data: bytes) -> Manifest:
     if len(data) > MAX_NBYTES:
         raise MalformedManifestError(f"the manifest has {len(data)} bytes; at most {MAX_NBYTES} are allowed")
     try:
-        number = _head.decode(data).format
-        if number != FORMAT:
-            raise MalformedManifestError(f"the manifest has format {number}; this Tether understands {FORMAT}: update it")
-        manifest = _read(_unread.decode(data))
+        manifest = _read(_understood(data))
         canonical = _canonical(manifest)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, MalformedManifestError):
@@ -200,6 +198,20 @@ def decode(data: bytes) -> Manifest:
     if canonical != data:
         raise MalformedManifestError("the manifest is not in canonical form (sorted keys, no blanks): make it with `encode`")
     return manifest
+
+
+def _understood(data: bytes) -> _Unread:
+    """Raises: MalformedManifestError: it is of another format, also where that has fields that this one doesn't."""
+    try:
+        unread = _unread.decode(data)
+        number = unread.format
+    except msgspec.MsgspecError:
+        number = _head.decode(data).format
+        if number == FORMAT:
+            raise
+    if number != FORMAT:
+        raise MalformedManifestError(f"the manifest has format {number}; this Tether understands {FORMAT}: update it")
+    return unread
 
 
 def _read(unread: _Unread) -> Manifest:
@@ -256,8 +268,9 @@ def _check(manifest: Manifest) -> None:
         raise _malformed(f"framework {manifest.framework!r} but info.framework {manifest.info.framework!r}")
     if not 0 < len(manifest.arrays) <= _MAX_ARRAYS:
         raise _malformed(f"{len(manifest.arrays)} arrays: 1 to {_MAX_ARRAYS} are allowed")
+    known: set[Digest] = set()
     for array in manifest.arrays:
-        _check_array(array)
+        _check_array(array, known)
     _check_tree([array.path for array in manifest.arrays])
     _check_entry(manifest)
     _check_json(manifest.attributes, _MAX_DEPTH)
@@ -265,45 +278,58 @@ def _check(manifest: Manifest) -> None:
         _check_encryption(manifest.encryption, manifest)
 
 
-def _check_array(array: ArrayEntry) -> None:
-    name = array.path[:200]
-    group, slash, rest = array.path.partition("/")
-    problem = path_problem(array.path)
-    if problem or group not in _GROUPS or not slash or not rest:
-        raise _malformed(f"array path {name!r} {problem or 'is not under files/, keys/ or tensors/'}")
-    if array.dtype not in DTYPES:
-        raise _malformed(f"array {name!r} has dtype {array.dtype[:40]!r}; known are {', '.join(DTYPES)}")
-    if len(array.shape) > _MAX_DIMENSIONS or not all(0 <= extent < _MAX_ARRAY_NBYTES for extent in array.shape):
-        raise _malformed(f"array {name!r} has an impossible shape")
-    if group != TENSORS and (array.dtype != "uint8" or len(array.shape) != 1):
-        raise _malformed(f"{name!r} must be a flat uint8 array")
+def _check_array(array: ArrayEntry, known: set[Digest]) -> None:
+    """`known`: digests that were looked at. A version may have thousands of arrays, so each question is asked as cheaply as it can be."""
+    path, shape = array.path, array.shape
+    group, _, rest = path.partition("/")
+    problem = path_problem(path)
+    if problem or group not in _GROUPS or not rest:
+        raise _malformed(f"array path {path[:200]!r} {problem or 'is not under files/, keys/ or tensors/'}")
+    itemsize = DTYPES.get(array.dtype)
+    if itemsize is None:
+        raise _malformed(f"array {path[:200]!r} has dtype {array.dtype[:40]!r}; known are {', '.join(DTYPES)}")
+    if shape and (len(shape) > _MAX_DIMENSIONS or min(shape) < 0 or max(shape) >= _MAX_ARRAY_NBYTES):
+        raise _malformed(f"array {path[:200]!r} has an impossible shape")
+    if group != TENSORS and (array.dtype != "uint8" or len(shape) != 1):
+        raise _malformed(f"{path[:200]!r} must be a flat uint8 array")
     if array.name and (group != TENSORS or len(array.name) > _MAX_NAME):
-        raise _malformed(f"array {name!r} has a name of its own that it may not have")
+        raise _malformed(f"array {path[:200]!r} has a name of its own that it may not have")
+    nbytes = itemsize * math.prod(shape)
+    if nbytes > _MAX_ARRAY_NBYTES or _checked_nbytes(array, known) != nbytes:
+        raise _malformed(f"array {path[:200]!r}: its segments do not add up to the size of its shape")
+
+
+def _checked_nbytes(array: ArrayEntry, known: set[Digest]) -> int:
+    """What the array's segments add up to, each of which is a range of a blob."""
+    total = 0
     for segment in array.segments:
-        _check_segment(segment, name)
-    if array.nbytes > _MAX_ARRAY_NBYTES or sum(segment.nbytes for segment in array.segments) != array.nbytes:
-        raise _malformed(f"array {name!r}: its segments do not add up to the size of its shape")
-
-
-def _check_segment(segment: Segment, name: str) -> None:
-    if not is_digest(segment.digest):
-        raise _malformed(f"array {name!r} has a segment whose digest is not 64 hex digits")
-    if segment.offset < 0 or segment.nbytes <= 0 or segment.offset + segment.nbytes > BLOB_NBYTES:
-        raise _malformed(f"array {name!r} has a segment outside of its blob")
+        digest, offset, nbytes = segment.digest, segment.offset, segment.nbytes
+        if digest not in known:
+            if not is_digest(digest):
+                raise _malformed(f"array {array.path[:200]!r} has a segment whose digest is not 64 hex digits")
+            known.add(digest)
+        if offset < 0 or nbytes <= 0 or offset + nbytes > BLOB_NBYTES:
+            raise _malformed(f"array {array.path[:200]!r} has a segment outside of its blob")
+        total += nbytes
+    return total
 
 
 def _check_tree(paths: list[str]) -> None:
     """Each path once, in order, and none both an array and a folder of arrays."""
-    for before, after in pairwise(paths):
-        if before >= after:
-            raise _malformed(f"array path {after[:200]!r} is given twice or out of order")
-    known = set(paths)
-    for path in paths:
-        parent = path.rpartition("/")[0]
-        while parent:
-            if parent in known:
-                raise _malformed(f"array path {parent[:200]!r} is also the folder of {path[:200]!r}")
+    if not all(map(operator.lt, paths, paths[1:])):
+        path = next(after for before, after in pairwise(paths) if before >= after)
+        raise _malformed(f"array path {path[:200]!r} is given twice or out of order")
+    folders: set[str] = set()
+    for path in {path.rpartition("/")[0] for path in paths}:
+        parent = path
+        while parent and parent not in folders:
+            folders.add(parent)
             parent = parent.rpartition("/")[0]
+    both = folders.intersection(paths)
+    if both:
+        folder = min(both)
+        inside = next(path for path in paths if path.startswith(folder + "/"))
+        raise _malformed(f"array path {folder[:200]!r} is also the folder of {inside[:200]!r}")
 
 
 def _check_entry(manifest: Manifest) -> None:

@@ -11,16 +11,18 @@ import msgspec
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
-from tether.errors import BadModelError
+from tether.errors import BadModelError, ConflictError
 from tether.security.identity import Identity
+from tether.security.volatile import VolatileFolder
 from tether.store.format.layout import FILES, KEYS, TENSORS, path_problem
-from tether.store.format.manifest import ArrayEntry, Manifest, Segment, digest_of, encode, signed_message
+from tether.store.format.manifest import ArrayEntry, Manifest, Segment, digest_of, signed_message
 from tether.store.format.records import Published
 from tether.store.hierarchy import dtypes
 from tether.store.hierarchy.drafts import Draft, Value
 from tether.store.hierarchy.zarr import span_of
 from tether.store.repository import Repository
-from tether.types import Digest, ModelInfo
+from tether.store.sealing import Intake, PlainIntake, SealedIntake, Sealing
+from tether.types import Digest, ModelInfo, model_name
 
 if TYPE_CHECKING:
     from typing import Self
@@ -48,6 +50,8 @@ class DraftStore(Store):
 
     Pickles as (folder, name); equal where these are. It stays until `discard`, also when its process ends or it was published. It is not in
     any version's way: only publishing reads it. Raises, everywhere: StoreError, NoSpaceError: of the disk.
+
+    What is written lies in it in plain. A draft of a version that is to be encrypted is begun with `encrypted`: it lies in memory.
     """
 
     supports_writes = True
@@ -55,10 +59,30 @@ class DraftStore(Store):
     supports_partial_writes = False
     supports_listing = True
 
-    def __init__(self, root: Path, name: str, *, read_only: bool = False) -> None:
-        """Raises: BadNameError: `name` is not one that a model could have."""
+    def __init__(self, root: Path, name: str, *, read_only: bool = False, in_memory: bool = False) -> None:
+        """`in_memory`: for `encrypted`. Raises: BadNameError: `name` is not one that a model could have."""
         super().__init__(read_only=read_only)
-        self._draft = Draft(root, name)
+        self._draft = Draft(root, name, in_memory=in_memory)
+        self._memory: VolatileFolder | None = None
+        """The folder of a draft in memory, where this process began it."""
+
+    @classmethod
+    def encrypted(cls, name: str) -> Self:
+        """Begin a draft of a version that is published encrypted. It lies in memory, for processes of this user and host, and is gone with
+        `discard` or the end of this process.
+
+        Raises: BadNameError; ConfigError: there is no tmpfs; NoSpaceError: it is full; StoreError.
+        """
+        model_name(name)
+        memory = VolatileFolder.create("draft")
+        draft = cls(memory.path, name, in_memory=True)
+        draft._memory = memory
+        return draft
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether it lies in memory and is published encrypted."""
+        return self._draft.in_memory
 
     def __eq__(self, value: object) -> bool:
         return isinstance(value, DraftStore) and self._draft.folder == value._draft.folder
@@ -66,15 +90,17 @@ class DraftStore(Store):
     def __hash__(self) -> int:
         return hash(self._draft.folder)
 
-    def __reduce__(self) -> tuple[Callable[..., DraftStore], tuple[type[DraftStore], Path, str, bool]]:
-        return _reopen, (type(self), self._draft.root, self._draft.name, self.read_only)
+    def __reduce__(self) -> tuple[Callable[..., DraftStore], tuple[type[DraftStore], Path, str, bool, bool]]:
+        return _reopen, (type(self), self._draft.root, self._draft.name, self.read_only, self.is_encrypted)
 
     def __repr__(self) -> str:
-        return f"DraftStore({str(self._draft.root)!r}, {self._draft.name!r})"
+        return f"DraftStore({str(self._draft.root)!r}, {self._draft.name!r}{', in_memory=True' if self.is_encrypted else ''})"
 
     def with_read_only(self, read_only: bool = False) -> Self:
         """Another one on the same draft, not open yet."""
-        return type(self)(self._draft.root, self._draft.name, read_only=read_only)
+        other = type(self)(self._draft.root, self._draft.name, read_only=read_only, in_memory=self.is_encrypted)
+        other._memory = self._memory  # noqa: SLF001 (of its own kind)
+        return other
 
     # --- values
 
@@ -177,7 +203,7 @@ class DraftStore(Store):
             for (key, value), parts in zip(values, segments, strict=True)
         )
 
-    def publish(
+    def publish(  # noqa: PLR0913 (all that can be said of a version)
         self,
         repository: Repository,
         name: str,
@@ -186,19 +212,39 @@ class DraftStore(Store):
         about: Manifest = WEIGHTS_ONLY,
         alias: Sequence[str] = (),
         tags: Mapping[str, str] | None = None,
+        encrypt: bool | None = None,
     ) -> Published:
         """Make what was written so far a version of `name`; the draft stays. Its writers should be done.
 
-        `about` says what else the version is: framework, info, entry, attributes, and arrays of files and tensors beside the written keys.
+        `about` says what else the version is: framework, info, entry, attributes, and arrays of files and tensors beside the written keys;
+        of an encrypted version they were put in by `Sealing`. `encrypt`: None: as the draft was begun; False: in plain whatever it, or the
+        model, was before.
 
-        Raises: BadModelError: empty, or a key that no version, or none with these files, can hold; ConflictError: somebody wrote meanwhile;
-        what `Repository.publish` raises.
+        Raises: BadModelError: empty, or a key that no version, or none with these files, can hold; ConflictError: somebody wrote meanwhile,
+        or it can't be encrypted as the model or `encrypt` want it; what `Repository.publish` raises.
         """
-        entries = self.entries(repository.put_blob)
+        sealed = self._sealed(Sealing(repository, identity.public), name, encrypt)
+        entries = self.entries(sealed.put if sealed else repository.put_blob)
         if about.arrays:
             self._check_beside(entries)
-        data = encode(msgspec.structs.replace(about, arrays=(*about.arrays, *entries)))
-        return repository.publish(name, data, identity.public, identity.sign(signed_message(data)), alias=alias, tags=tags)
+        intake: Intake = sealed or PlainIntake(repository)
+        intake.missing(segment.digest for array in about.arrays for segment in array.segments)  # it meets what was sealed before
+        data = intake.finished(msgspec.structs.replace(about, arrays=(*about.arrays, *entries)))
+        published = repository.publish(name, data, identity.public, identity.sign(signed_message(data)), alias=alias, tags=tags)
+        intake.settle()
+        return published
+
+    def _sealed(self, sealing: Sealing, name: str, encrypt: bool | None) -> SealedIntake | None:
+        """What encrypts it; None: it is published in plain. What lies on a disk in plain is not called encrypted afterwards."""
+        if self.is_encrypted:
+            return None if encrypt is False else sealing.intake(name)
+        if encrypt or (encrypt is None and sealing.is_used(name)):
+            reason = "encrypt=True" if encrypt else f"{name} is encrypted"
+            raise ConflictError(
+                f"{reason}, and draft {self._draft.name} lies on the disk in plain: begin one with DraftStore.encrypted({name!r}), write "
+                "into that and discard this one; if the version may be stored for all to read, publish it with encrypt=False"
+            )
+        return None
 
     def _check_beside(self, entries: Sequence[ArrayEntry]) -> None:
         for entry in entries:
@@ -210,6 +256,8 @@ class DraftStore(Store):
         """Remove the draft: all keys, all values. Who still writes into it writes into nothing."""
         self._check_writable()
         self._draft.discard()
+        if self._memory is not None:
+            self._memory.close()
 
 
 class _Blobs:
@@ -245,5 +293,5 @@ class _Blobs:
         self._open.clear()
 
 
-def _reopen(cls: type[DraftStore], root: Path, name: str, read_only: bool) -> DraftStore:
-    return cls(root, name, read_only=read_only)
+def _reopen(cls: type[DraftStore], root: Path, name: str, read_only: bool, in_memory: bool) -> DraftStore:
+    return cls(root, name, read_only=read_only, in_memory=in_memory)

@@ -4,7 +4,8 @@
     drafts/<name>/values/       larger values, each in a file of a name of its own that is written before its key and not changed
 
 Any thread and process of one host may write; each key's value is at any time a whole one that somebody set. A draft survives its process,
-and a power cut but for what was set in the last seconds: it is acknowledged by publishing it, not by setting a key.
+and a power cut but for what was set in the last seconds: it is acknowledged by publishing it, not by setting a key. One that is to be
+encrypted lies in memory instead (`security.volatile`), names and all, and ends with the process that began it.
 """
 
 from __future__ import annotations
@@ -70,9 +71,13 @@ class Value(NamedTuple):
 class Draft:
     """The draft of one name under a store's root, made when it is first used. Each method raises StoreError (NoSpaceError) of the disk."""
 
-    def __init__(self, root: Path, name: str) -> None:
-        """Raises: BadNameError: `name` is not one that a model could have."""
+    def __init__(self, root: Path, name: str, *, in_memory: bool = False) -> None:
+        """`in_memory`: `root` is a `VolatileFolder`, which nobody may make again once it is gone: it would be swept by nobody.
+
+        Raises: BadNameError: `name` is not one that a model could have.
+        """
         self.root = root.absolute()
+        self.in_memory = in_memory
         self.name = model_name(name)
         self.folder = self.root / "drafts" / name
         self._lock = threading.RLock()
@@ -199,7 +204,7 @@ class Draft:
     def _write_file(self, data: bytes) -> str:
         name = uuid.uuid4().hex
         path = self.folder / "values" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder(path.parent)
         try:
             with path.open("xb", buffering=0) as file:
                 view = memoryview(data)
@@ -243,11 +248,26 @@ class Draft:
         if self._db is None or self._pid != os.getpid():
             path = self.folder / "keys.sqlite"
             if not path.exists():
+                self._make_folder(path.parent)
                 _make_database(path)
             self._db, self._pid = sqlite3.connect(path, timeout=_BUSY, isolation_level=None, check_same_thread=False), os.getpid()
             weakref.finalize(self, self._db.close)
             self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute("PRAGMA temp_store = MEMORY")  # no value goes to a temporary file on a disk
         return self._db
+
+    def _make_folder(self, folder: Path) -> None:
+        """Raises: StoreError: the memory that it lay in is gone."""
+        if not self.in_memory:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        try:
+            for each in [*reversed(folder.relative_to(self.root).parents), folder.relative_to(self.root)][1:]:
+                (self.root / each).mkdir(exist_ok=True)
+        except FileNotFoundError:
+            raise StoreError(
+                f"draft {self.name} lay in memory and is gone: it was discarded, or the process that began it has ended; begin it again"
+            ) from None
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -264,7 +284,6 @@ class Draft:
 
 def _make_database(path: Path) -> None:
     """Whole or not at all, and by one of several that start at once: turning a database to WAL bears no company."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f"{uuid.uuid4().hex}.sqlite")
     try:
         db = sqlite3.connect(made, isolation_level=None)

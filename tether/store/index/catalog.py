@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ _BUSY = 10.0
 """Seconds that a reader waits for the moment in which SQLite must be alone (start of a WAL, checkpoint): milliseconds in practice."""
 _SHARED = ("-wal", "-shm")
 """Endings of the files that are there while a process has the catalog open, or died with it."""
+_AT_ONCE = 500
+"""Blobs that one query asks for: SQLite took 999 parameters before 3.32. One by one, half of the time goes into calls."""
 _LABEL_DIGITS = 12
 """Hex digits of a publisher's key that stand for it where it was given no petname."""
 
@@ -62,6 +64,7 @@ INSERT OR IGNORE INTO meta VALUES ('changes', 0);
 """
 _ENTER_BLOB = "INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?)"
 _KEEP_BLOB = "INSERT OR IGNORE INTO blobs VALUES (?, ?, ?, ?)"
+_LOCATIONS = "SELECT digest, packs.name, offset, nbytes FROM blobs JOIN packs ON packs.id = pack"
 _VERSIONS = "SELECT publisher, name, version, digest, created, nbytes, tags FROM versions JOIN models ON id = model"
 
 
@@ -76,11 +79,13 @@ class Catalog:
         self._path = path
         self._lock = threading.RLock()
         self._single_lock = threading.Lock()
+        self._check: Callable[[], None] = lambda: None
         with self._errors():
             self._db = _connection(path, read_only=read_only)
             try:
                 self._prepare(read_only=read_only)
                 self._single = _connection(path, read_only=True)  # for what each read of a blob asks: it waits for no long transaction
+                self._single.execute("SELECT 1 FROM sqlite_master").fetchone()  # its files are opened now, while they are there
             except sqlite3.Error:
                 self._db.close()
                 raise
@@ -97,6 +102,14 @@ class Catalog:
             # Without its index no pack counts as known: the repository scans them all again.
             self._db.executescript("DROP TABLE IF EXISTS packs")
         self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {KEY_SCHEMA} {collection_tables.SCHEMA} COMMIT;")
+
+    def guard(self, check: Callable[[], None]) -> None:
+        """Do nothing that `check` raises at: it is called inside each transaction, when no other process can begin one."""
+        self._check = check
+
+    def check_writer(self) -> None:
+        """Raises: what `check` does."""
+        self._check()
 
     def close(self) -> None:
         with self._lock, self._single_lock:
@@ -141,6 +154,7 @@ class Catalog:
         with self._lock, self._errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._check()
                 reach("catalog.begin")
                 yield self._db
                 self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'changes'")
@@ -187,19 +201,18 @@ class Catalog:
     # --- blobs
 
     def locate(self, digest: Digest) -> Location | None:
-        query = "SELECT packs.name, offset, nbytes FROM blobs JOIN packs ON packs.id = pack WHERE digest = ?"
         with self._single_lock, self._errors():
-            row = self._single.execute(query, (bytes.fromhex(digest),)).fetchone()
-        return location(digest, row) if row else None
+            row = self._single.execute(f"{_LOCATIONS} WHERE digest = ?", (bytes.fromhex(digest),)).fetchone()
+        return location(digest, row[1:]) if row else None
 
     def locate_many(self, digests: Iterable[Digest]) -> dict[Digest, Location]:
         """Those of them that a pack holds, and where."""
-        query = "SELECT packs.name, offset, nbytes FROM blobs JOIN packs ON packs.id = pack WHERE digest = ?"
+        wanted = {bytes.fromhex(digest): digest for digest in digests}
         found = {}
         with self._reading() as db:
-            for digest in digests:
-                row = db.execute(query, (bytes.fromhex(digest),)).fetchone()
-                if row:
+            for some in _slices(list(wanted), _AT_ONCE):
+                for key, *row in db.execute(f"{_LOCATIONS} WHERE digest IN ({_marks(some)})", some):
+                    digest = wanted[key]
                     found[digest] = location(digest, row)
         return found
 
@@ -365,6 +378,14 @@ class Catalog:
                 return True
             row = db.execute("SELECT 1 FROM trust WHERE publisher = ? AND scope = ?", (publisher, scope)).fetchone()
         return row is not None
+
+
+def _slices(values: Sequence[bytes], count: int) -> Iterator[Sequence[bytes]]:
+    return (values[start : start + count] for start in range(0, len(values), count))
+
+
+def _marks(values: Sequence[bytes]) -> str:
+    return ",".join("?" * len(values))
 
 
 def _connection(path: Path, *, read_only: bool) -> sqlite3.Connection:

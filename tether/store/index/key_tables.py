@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from tether.store.format.encrypted import ModelContext
@@ -13,18 +13,21 @@ from tether.types import Digest
 __all__ = [
     "SCHEMA",
     "KeyRow",
+    "SealRow",
     "add_grant",
     "add_key",
     "add_seals",
     "current_key",
     "find_key",
     "find_seals",
+    "forget_seals",
     "grants_of",
     "grants_to",
     "keys_of",
     "remove_grant",
     "retire_keys",
     "rewrap",
+    "stray_seals",
     "wrapped_by_others",
 ]
 
@@ -38,6 +41,16 @@ CREATE TABLE IF NOT EXISTS seals (key TEXT NOT NULL, plain BLOB NOT NULL, digest
   nonce BLOB NOT NULL, tag BLOB NOT NULL, PRIMARY KEY (key, plain)) WITHOUT ROWID;
 """
 _KEYS = "SELECT id, publisher, name, wrapped, cluster_key, created, retired FROM model_keys"
+
+
+class SealRow(NamedTuple):
+    """What was sealed, without how."""
+
+    key: str
+    plain: bytes
+    """Keyed hash of the plaintext's digest."""
+    digest: Digest
+    """Of the blob."""
 
 
 class KeyRow(NamedTuple):
@@ -124,6 +137,17 @@ def find_seals(db: sqlite3.Connection, key: str, plains: Sequence[bytes]) -> lis
     query = "SELECT digest, nbytes, nonce, tag FROM seals WHERE key = ? AND plain = ?"
     rows = (db.execute(query, (key, plain)).fetchone() for plain in plains)
     return [Seal(Digest(row[0].hex()), *row[1:]) if row else None for row in rows]
+
+
+def stray_seals(db: sqlite3.Connection, going: Collection[Digest] = ()) -> list[SealRow]:
+    """What was sealed and lies in no pack, but for blobs that are `going`."""
+    query = "SELECT key, plain, seals.digest, blobs.digest IS NULL FROM seals LEFT JOIN blobs ON blobs.digest = seals.digest"
+    found = ((SealRow(key, plain, Digest(digest.hex())), is_stray) for key, plain, digest, is_stray in db.execute(query))
+    return [row for row, is_stray in found if is_stray or row.digest in going]
+
+
+def forget_seals(db: sqlite3.Connection, rows: Iterable[SealRow]) -> None:
+    db.executemany("DELETE FROM seals WHERE key = ? AND plain = ?", [(row.key, row.plain) for row in rows])
 
 
 def _one(found: sqlite3.Cursor) -> KeyRow | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tether.errors import StoreError
@@ -32,11 +33,11 @@ def located(digest: object, offset: object, nbytes: object) -> Located:
     raise altered("where it says that a blob lies")
 
 
-def location(digest: Digest, row: tuple[Any, ...]) -> Location:
+def location(digest: Digest, row: Sequence[Any]) -> Location:
     """A row of `blobs` and its pack. Raises: StoreError."""
-    match row:
-        case (str(pack), int(offset), int(nbytes)) if _is_range(offset, nbytes) and "/" not in pack:
-            return Location(pack, offset, nbytes)
+    pack, offset, nbytes = row
+    if isinstance(pack, str) and isinstance(offset, int) and isinstance(nbytes, int) and _is_range(offset, nbytes) and "/" not in pack:
+        return Location(pack, offset, nbytes)  # a `match` would take longer than SQLite did
     raise altered(f"where it says that blob {digest} lies")
 
 

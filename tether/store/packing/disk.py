@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import filecmp
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from tether.errors import NoSpaceError, StoreError, TetherError
@@ -16,6 +18,7 @@ from tether.store.faults import reach
 __all__ = [
     "BAD_MEDIUM",
     "PARTIAL",
+    "begin_sync",
     "dead_partials",
     "disk_errors",
     "is_same_file",
@@ -26,6 +29,7 @@ __all__ = [
     "write_at",
     "write_atomically",
     "write_halves_at",
+    "write_parts_at",
 ]
 
 PARTIAL = ".partial"
@@ -36,6 +40,9 @@ BAD_MEDIUM = {errno.EIO, getattr(errno, "EUCLEAN", errno.EIO), errno.EBADMSG}
 """What a disk or file system says of a place that it can't read (the checksums of btrfs and XFS, too)."""
 _NOT_FULLY = {errno.ENOTSUP, errno.ENOTTY, errno.EINVAL}
 """What a file system says (SMB, FUSE) that has no such thing as F_FULLFSYNC."""
+_MOST_PARTS = 1024
+"""IOV_MAX, as Linux and macOS have it."""
+_SYNC_FILE_RANGE_WRITE = 2
 _count = iter(range(1 << 62))
 _token = os.urandom(4).hex()
 """Tells this process from an earlier one with the same id, as containers like to give."""
@@ -80,6 +87,22 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+def begin_sync(descriptor: int) -> None:
+    """Tell the system to begin to write a file to the disk, where it can be told; nothing is durable, or known of errors, before `sync`."""
+    call = _sync_file_range()
+    if call is not None:
+        call(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _sync_file_range() -> Callable[..., int] | None:
+    """Linux's; Python's `os` does not have it."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -108,6 +131,20 @@ def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
+
+
+def write_parts_at(descriptor: int, offset: int, parts: Sequence[bytes | memoryview]) -> int:
+    """Write all of them at `offset`, one behind the other, in as few calls as the system allows; gives how many bytes they have."""
+    begin = offset
+    for first in range(0, len(parts), _MOST_PARTS):
+        some = parts[first : first + _MOST_PARTS]
+        done = os.pwritev(descriptor, some, offset)
+        for part in some:  # a call may write less than it was given
+            left = max(0, len(part) - done)
+            done -= len(part) - left
+            write_at(descriptor, offset + len(part) - left, part[len(part) - left :])
+            offset += len(part)
+    return offset - begin
 
 
 def is_same_file(path: Path, other: Path) -> bool:

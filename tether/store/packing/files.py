@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,22 +16,25 @@ from tether.store.format.layout import BLOB_NBYTES, FILES, HIDDEN, Piece, cut, p
 from tether.store.format.manifest import ArrayEntry, Segment, digest_of
 from tether.store.packing.disk import read_at
 from tether.store.packing.parallel import buffer, in_order, threads_for
+from tether.store.packing.staging import Planned
 from tether.types import Digest
 
 __all__ = ["Taker", "cut_bytes", "cut_file", "cut_files"]
 
 Put = Callable[[Digest, bytes], None]
+_RUN = 1 << 20
+"""Bytes of small pieces that are one job: to take turns and to write a journal cost as much as hashing 100 KiB."""
 
 
 class Taker(Protocol):
-    """Takes the pieces of files. Called from several threads, for each piece in this order."""
+    """Takes the pieces of files, several at a time. Called from several threads, for each in this order."""
 
-    def needs(self, digest: Digest) -> bool:
-        """Whether the blob is not stored, whole, already. The longest part: it may read the stored one."""
+    def needs(self, digests: Sequence[Digest]) -> Collection[Digest]:
+        """Those of these blobs that are not stored, whole, already. The longest part: it may read the stored ones."""
         ...
 
-    def place(self, digest: Digest, nbytes: int, offset: int) -> Callable[[memoryview], None]:
-        """Give it a place, piece after piece in the order of the files (`offset`: in its file); the answer writes it there, at any time."""
+    def place(self, blobs: Sequence[Planned]) -> Callable[[Sequence[memoryview]], None]:
+        """Give them places, in the order of the files; the answer writes them there, at any time."""
         ...
 
 
@@ -55,8 +58,8 @@ class _File:
 class _Job:
     number: int
     file: _File
-    piece: Piece | None
-    """None: the file is empty."""
+    pieces: Sequence[Piece]
+    """Side by side, a blob's length at most; none: the file is empty."""
     is_last: bool
 
 
@@ -161,41 +164,52 @@ def _jobs(files: Iterable[tuple[Path, str]], boundaries: Mapping[str, Sequence[P
     for path, name in files:
         file = _open(path, name)
         opened[:] = [*(each for each in opened if each.descriptor >= 0), file]
-        end = 0
-        for piece in cut(file.nbytes, boundaries.get(name, ())):
-            end = piece.offset + piece.nbytes
-            yield _Job(number, file, piece, end == file.nbytes)
+        for pieces in _runs(cut(file.nbytes, boundaries.get(name, ()))):
+            yield _Job(number, file, pieces, sum(pieces[-1]) == file.nbytes)
             number += 1
         if not file.nbytes:
-            yield _Job(number, file, None, is_last=True)
+            yield _Job(number, file, (), is_last=True)
             number += 1
+
+
+def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Small ones are read, placed and written down together."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and piece.offset + piece.nbytes - run[0].offset > _RUN:
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
 
 
 def _cut(job: _Job, taker: Taker, turns: _Turns) -> _Job:
-    if job.piece is None:
+    if not job.pieces:
         with turns.await_turn(job.number):
             return job
     with buffer() as view, turns.kept(job.number):
-        data = _read(job.file, job.piece, view)
-        digest = digest_of(data)
-        needed = taker.needs(digest)
+        parts = _read(job.file, job.pieces, view)
+        digests = [digest_of(part) for part in parts]
+        needed = taker.needs(digests)
+        chosen = [index for index, digest in enumerate(digests) if digest in needed]
+        blobs = [Planned(digests[index], len(parts[index]), job.pieces[index].offset) for index in chosen]
         with turns.await_turn(job.number):
-            job.file.segments.append(Segment(digest, 0, len(data)))
-            write = taker.place(digest, len(data), job.piece.offset) if needed else None
-        if write:
-            write(data)
+            job.file.segments += [Segment(digest, 0, len(part)) for digest, part in zip(digests, parts, strict=True)]
+            write = taker.place(blobs)
+        write([parts[index] for index in chosen])
     return job
 
 
-def _read(file: _File, piece: Piece, view: memoryview) -> memoryview:
-    part = view[: piece.nbytes]
+def _read(file: _File, pieces: Sequence[Piece], view: memoryview) -> list[memoryview]:
+    start, nbytes = pieces[0].offset, sum(piece.nbytes for piece in pieces)
     try:
-        nbytes = read_at(file.descriptor, piece.offset, part)
+        done = read_at(file.descriptor, start, view[:nbytes])
     except OSError as error:
         raise NoModelFileError(f"{file.path} can't be read ({error.strerror}): check the disk that it is on") from None
-    if nbytes != piece.nbytes:
+    if done != nbytes:
         raise NoModelFileError(f"{file.path} became shorter while it was read: publish it again when nothing writes to it")
-    return part
+    return [view[piece.offset - start : piece.offset - start + piece.nbytes] for piece in pieces]
 
 
 class _OvertakenError(Exception):

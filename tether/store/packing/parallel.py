@@ -46,13 +46,17 @@ def buffer() -> Iterator[memoryview]:
             _spare.append(view)
 
 
-def new_memory(nbytes: int) -> memoryview:
-    """Fresh memory from the system, which no file backs and no core dump shows: what was encrypted lies in it."""
+def new_memory(nbytes: int, large: int | None = None) -> memoryview:
+    """Fresh memory from the system, which no file backs and no core dump shows: what was encrypted lies in it.
+
+    `large`: how many bytes of it in large pages, None: all; the end of a large page that nobody needs would be memory all the same.
+    """
     # Python's default is to share it with forked children: two processes would then read different blobs into one buffer.
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTDUMP"):  # the first: two page faults in place of a thousand
-        if hasattr(mmap, advice):
-            memory.madvise(getattr(mmap, advice))
+    if large != 0 and hasattr(mmap, "MADV_HUGEPAGE"):  # two page faults in place of a thousand
+        memory.madvise(mmap.MADV_HUGEPAGE, 0, nbytes if large is None else large)
+    if hasattr(mmap, "MADV_DONTDUMP"):
+        memory.madvise(mmap.MADV_DONTDUMP)
     return memoryview(memory)
 
 

@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,15 @@ from pathlib import Path
 from tether.store.faults import reach
 from tether.store.format.layout import BLOB_NBYTES
 from tether.store.format.packs import MAGIC, Located, index_bytes, place
-from tether.store.packing.disk import is_same_file, read_at, sync, sync_folder, write_at, write_halves_at
+from tether.store.packing.disk import begin_sync, is_same_file, read_at, sync, sync_folder, write_at, write_halves_at, write_parts_at
 from tether.types import Digest
 
 __all__ = ["DATA", "JOURNAL", "PendingPack", "Slot", "State"]
 
 DATA = ".pending"
 JOURNAL = ".journal"
+_BEGIN = 16 * 1024 * 1024
+"""Bytes after which the disk is told to begin: it works while the next are hashed, and the one fsync of a publish waits for the last."""
 _RECORD = struct.Struct("<32sQIII4x")
 _CLAIM = struct.Struct("<32sQII")
 
@@ -78,8 +80,10 @@ class PendingPack:
         self.sealed: str | None = None
         """The pack that it became."""
         self._journal = journal
+        self._name_check = zlib.crc32(journal.name.encode())
         self._end = len(MAGIC)
         self._journal_end = 0
+        self._unsynced = 0
         self._opening = threading.Lock()
         self._closed = False
         self._descriptors: dict[str, int] = {}
@@ -121,7 +125,7 @@ class PendingPack:
 
     def _check(self, claim: bytes) -> int:
         # with its name, so that an old journal's blocks, which a power cut may bring back, do not pass for this one's
-        return zlib.crc32(claim, zlib.crc32(self._journal.name.encode()))
+        return zlib.crc32(claim, self._name_check)
 
     @property
     def nbytes(self) -> int:
@@ -158,6 +162,22 @@ class PendingPack:
     def write(self, slot: Slot, data: bytes | memoryview, point: str) -> None:
         """Raises: OSError."""
         write_halves_at(self._open(DATA), slot.offset, data, point)
+        self._wrote(len(data))
+
+    def write_run(self, first: Slot, parts: Sequence[bytes | memoryview], point: str) -> None:
+        """The same for blobs that lie side by side from `first` on. Raises: OSError."""
+        middle, half = len(parts) // 2, len(parts[len(parts) // 2]) // 2
+        begun = write_parts_at(self._open(DATA), first.offset, [*parts[:middle], parts[middle][:half]])
+        reach(point)
+        begun += write_parts_at(self._open(DATA), first.offset + begun, [parts[middle][half:], *parts[middle + 1 :]])
+        self._wrote(begun)
+
+    def _wrote(self, nbytes: int) -> None:
+        # Threads may count past each other: then the disk begins a little later.
+        self._unsynced += nbytes
+        if self._unsynced >= _BEGIN:
+            self._unsynced = 0
+            begin_sync(self._open(DATA))
 
     def read_into(self, slot: Slot, view: memoryview) -> memoryview:
         """What lies in the slot, not verified; shorter where the file is. Raises: OSError."""

@@ -8,6 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ class Planned(NamedTuple):
     nbytes: int
     phase: int
     """Its offset in the file that it was cut from."""
+
+
+Filling = tuple[Slot, bytes | memoryview]
+"""A place and what is to lie there."""
 
 
 class Run:
@@ -149,22 +154,37 @@ class Staging:
 
         Raises: NoSpaceError, StoreError.
         """
+        return not self.fill_all([(slot, data)])
+
+    def fill_all(self, blobs: Iterable[Filling]) -> list[Filling]:
+        """The same for several, which go to the journal together; gives those whose pack was sealed before."""
+        return [late for pack, some in groupby(blobs, lambda each: each[0].pack) for late in self._fill(pack, list(some))]
+
+    def _fill(self, pack: PendingPack, blobs: list[Filling]) -> list[Filling]:
         with self._changed:
-            if slot.pack.is_sealing or self._slots.get(slot.digest) is not slot:
-                return False
-            slot.pack.users += 1
-        with self._leaving(slot.pack), disk_errors(slot.pack.data):
-            try:
-                if slot.state is State.ROOM or not _holds(slot, data):
-                    slot.pack.write(slot, data, "stage")
-            except OSError:
-                self._take_back(slot)
-                raise
+            if pack.is_sealing:
+                return blobs
+            late = [each for each in blobs if self._slots.get(each[0].digest) is not each[0]]
+            pack.users += 1
+        with self._leaving(pack), disk_errors(pack.data):
+            self._write(pack, [each for each in blobs if each not in late] if late else blobs)
+        return late
+
+    def _write(self, pack: PendingPack, blobs: Sequence[Filling]) -> None:
+        written = [slot for slot, data in blobs if slot.state is not State.ROOM and _holds(slot, data)]
+        try:
+            for run in _runs([each for each in blobs if each[0] not in written] if written else blobs):
+                _write_run(pack, run)
+                written += [slot for slot, _ in run]
+        except OSError:
+            self._take_back(pack, [slot for slot, _ in blobs if slot not in written])
+            raise
+        finally:
             with self._changed:
-                slot.state = State.FILLED
-                slot.pack.record([slot])
-            reach("stage.journal")
-        return True
+                for slot in written:
+                    slot.state = State.FILLED
+                pack.record(written)
+        reach("stage.journal")
 
     @contextmanager
     def _leaving(self, pack: PendingPack) -> Iterator[None]:
@@ -175,13 +195,15 @@ class Staging:
                 pack.users -= 1
                 self._changed.notify_all()
 
-    def _take_back(self, slot: Slot) -> None:
+    def _take_back(self, pack: PendingPack, slots: Iterable[Slot]) -> None:
         """The disk refused. What comes next goes to a new file: this one may have met a limit that a shorter one does not."""
         with self._changed:
-            if slot.pack.is_open and slot.state is not State.FILLED:  # else another thread wrote it meanwhile
-                slot.pack.is_open = slot.pack.is_run = False
-                slot.pack.slots.pop(slot.digest, None)
-                self._slots.pop(slot.digest, None)
+            empty = [slot for slot in slots if slot.state is not State.FILLED]  # the others another thread wrote meanwhile
+            if pack.is_open and empty:
+                pack.is_open = pack.is_run = False
+                for slot in empty:
+                    pack.slots.pop(slot.digest, None)
+                    self._slots.pop(slot.digest, None)
 
     def _forget(self, slots: Iterable[Slot]) -> None:
         """Blobs that are not wanted or not what they should be."""
@@ -366,6 +388,25 @@ def _device(folder: Path) -> int | None:
         return folder.stat().st_dev
     except FileNotFoundError:  # a reader, which stages nothing
         return None
+
+
+def _runs(blobs: Iterable[Filling]) -> Iterator[list[Filling]]:
+    """Those that will lie side by side: written in one go, they come into larger pages of the system's cache, in half of the time."""
+    run: list[Filling] = []
+    for slot, data in blobs:
+        if run and run[-1][0].offset + len(run[-1][1]) != slot.offset:
+            yield run
+            run = []
+        run.append((slot, data))
+    if run:
+        yield run
+
+
+def _write_run(pack: PendingPack, run: Sequence[Filling]) -> None:
+    if len(run) == 1:
+        pack.write(*run[0], "stage")
+    else:
+        pack.write_run(run[0][0], [data for _, data in run], "stage")
 
 
 def _is_right(slot: Slot) -> bool:

@@ -22,7 +22,7 @@ from tether.store.replicas.background import Background
 from tether.store.replicas.fetching import NEEDED, FetchRules, Wanted
 from tether.store.replicas.held import Held
 from tether.store.replicas.replication import OnProgress, Progress, Replication
-from tether.store.replicas.streaming import flat, in_file_order, new_tensor
+from tether.store.replicas.streaming import Watcher, flat, in_file_order, new_tensor
 from tether.store.replicas.transfers import Traffic
 from tether.store.repository import Repository
 from tether.types import Array, Digest, ModelRef
@@ -176,17 +176,21 @@ class Replicated:
 
     # --- versions
 
-    def checkout(self, digest: Digest, name: str | None = None, on_progress: OnProgress | None = None) -> Path:
+    def checkout(
+        self, digest: Digest, name: str | None = None, on_progress: OnProgress | None = None, watcher: Watcher | None = None
+    ) -> Path:
         """A folder with the version's files, read-only, every byte verified in this call.
 
         One that is not here yet is written while its blobs come, and ready with the last of them; it is then published in the
         repository behind the caller's back, under `name`. Of an encrypted one the ciphertext is fetched and published first, then the
-        files are made in memory, as by `Repository.checkout`. Raises: BadNameError: there is none; NoSpaceError, LockedModelError besides.
+        files are made in memory, as by `Repository.checkout`. `watcher`: told of the files while they are written, which happens in none
+        of the other cases, nor for one who joins a checkout that goes on. Raises: BadNameError: there is none; NoSpaceError,
+        LockedModelError besides.
         """
         if self._is_encrypted(digest):
             self.replicate(digest, name, on_progress)
             return self.local.checkout(digest)
-        return self._loop.run(self._work.checkout(digest, name, on_progress))
+        return self._loop.run(self._work.checkout(digest, name, on_progress, watcher))
 
     async def acheckout(self, digest: Digest, name: str | None = None, on_progress: OnProgress | None = None) -> Path:
         """As `checkout`."""

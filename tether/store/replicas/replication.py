@@ -177,17 +177,19 @@ class Replication:
                 here += wanted.nbytes
                 coming.tell(here, self.transfers.traffic())
 
-    async def checkout(self, digest: Digest, name: str | None, on_progress: OnProgress | None) -> Path:
+    async def checkout(
+        self, digest: Digest, name: str | None, on_progress: OnProgress | None, watcher: streaming.Watcher | None = None
+    ) -> Path:
         """A folder with the version's files, verified; while they come they are written there, and published afterwards."""
-        return await self._once("checkout", digest, lambda: self._checkout(digest, name, on_progress))
+        return await self._once("checkout", digest, lambda: self._checkout(digest, name, on_progress, watcher))
 
-    async def _checkout(self, digest: Digest, name: str | None, on_progress: OnProgress | None) -> Path:
+    async def _checkout(self, digest: Digest, name: str | None, on_progress: OnProgress | None, watcher: streaming.Watcher | None) -> Path:
         await self._settled(digest)
         record = await self._in_thread(self._held.record, digest)
         if record is None and not self._held.local.read_only:
             name = _name_of(digest, name, record)
             signed = await self.signed(digest)
-            target = await self._assembled(_Coming(digest, decode(signed.data), on_progress))
+            target = await self._assembled(_Coming(digest, decode(signed.data), on_progress), watcher)
             self._publish_behind(digest, name, signed)
             if target is not None:
                 return target
@@ -195,10 +197,11 @@ class Replication:
             record = await self._published(digest)
         return await self._mending(record, self._held.local.checkout, digest)
 
-    async def _assembled(self, coming: _Coming) -> Path | None:
+    async def _assembled(self, coming: _Coming, watcher: streaming.Watcher | None) -> Path | None:
         """The checkout, written as the blobs come; None: there is one of an earlier time, which is to be checked."""
         target = self._held.local.root / "cache" / coming.digest
-        assembly = streaming.Assembly(target, list(coming.manifest.files()))
+        assembly = streaming.Assembly(target, list(coming.manifest.files()), watcher)
+        coming.blobs = streaming.smallest_first(coming.manifest, coming.blobs)
         await self._in_thread(assembly.begin)
         try:
             async with aclosing(self._blobs(coming, {wanted.digest for wanted in coming.blobs})) as blobs:

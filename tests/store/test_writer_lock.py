@@ -1,0 +1,138 @@
+"""A writer whose lock file was deleted or replaced writes no more: there are never two."""
+
+import fcntl
+import os
+
+import pytest
+from collecting import Clock, opened
+from store_models import publish, seeded
+
+from tether.errors import ConflictError, LockLostError, StoreError
+from tether.store import BLOB_NBYTES, digest_of
+from tether.store.packing.writer_lock import WriterLock
+
+
+def delete(path):
+    path.unlink()
+
+
+def replace(path):
+    other = path.with_name("other")
+    other.write_text("restored from a backup\n")
+    other.replace(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("lose", [delete, replace])
+def test_who_lost_its_lock_refuses_to_write_and_the_next_writer_has_all_that_was_acknowledged(root, lose):
+    with opened(root, Clock()) as first:
+        publish(first, 1)
+        lose(root / "writer.lock")
+        calls = (
+            lambda: publish(first, 2),
+            lambda: first.put_blob(digest_of(b"x"), b"x"),
+            lambda: first.set_alias("digits", "prod", 1),
+            lambda: first.delete_version("digits", 1),
+            first.gc,
+            first.rebuild_index,
+            first.footing,
+        )
+        with opened(root, Clock()) as second:
+            for call in calls:
+                with pytest.raises(LockLostError, match="deleted or replaced while process"):
+                    call()
+            assert first.verify().problems == ()  # reading goes on
+            assert [version.version for version in second.models()[0].versions] == [1]
+            assert publish(second, 2).version == 2
+            first.close()
+            with pytest.raises(ConflictError, match="already writes"):  # closing the first did not give up the second's
+                opened(root, Clock())
+            assert publish(second, 3).version == 3
+            assert second.verify().problems == ()
+
+
+@pytest.mark.parametrize("step", ["_write_manifest", "_seal"])
+def test_a_lock_that_is_lost_in_the_middle_of_a_publish_is_noticed_before_it_is_committed(root, monkeypatch, step):
+    first = opened(root, Clock())
+    publish(first, 1)
+    original, others = getattr(first, step), []
+
+    def interrupted(*arguments):
+        done = original(*arguments)
+        if not others:
+            (root / "writer.lock").unlink()
+            others.append(opened(root, Clock()))
+        return done
+
+    monkeypatch.setattr(first, step, interrupted)
+    with pytest.raises(LockLostError):
+        publish(first, 2)
+    (second,) = others
+    with second:
+        assert len(second.models()[0].versions) == 1
+        assert publish(second, 2).version == 2
+        assert second.verify().problems == ()
+        first.close()
+
+
+def test_a_lock_that_is_lost_while_a_large_file_is_added_stops_the_adding(root, tmp_path, monkeypatch):
+    (tmp_path / "model").write_bytes(seeded("large").randbytes(10 * BLOB_NBYTES))
+    with opened(root, Clock()) as first:
+        reserve = first._staging.reserve
+
+        def lose(*arguments):
+            (root / "writer.lock").unlink(missing_ok=True)
+            return reserve(*arguments)
+
+        monkeypatch.setattr(first._staging, "reserve", lose)
+        with pytest.raises(LockLostError):
+            first.add_files(tmp_path / "model")
+
+
+def test_of_two_who_open_while_the_file_is_replaced_one_gets_it(root, monkeypatch):
+    root.mkdir()
+    flock, seen = fcntl.flock, []
+
+    def late(file, how):
+        if not seen:
+            seen.append(file)
+            replace(root / "writer.lock")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    lock = WriterLock.take(root / "writer.lock")
+    lock.check()
+    assert (root / "writer.lock").read_text() == f"{os.getpid()}\n"
+    with pytest.raises(ConflictError, match=f"process {os.getpid()} already writes"):
+        WriterLock.take(root / "writer.lock")
+    lock.release()
+    lock.release()
+
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: (replace(root / "writer.lock"), flock(file, how)))
+    with pytest.raises(ConflictError, match="again and again"):
+        WriterLock.take(root / "writer.lock")
+
+
+def test_a_store_that_was_moved_away_is_written_no_more_and_whole_where_it_is(root):
+    first = opened(root, Clock())
+    published = publish(first, 1)
+    root.rename(root.with_name("moved"))
+    with pytest.raises(StoreError, match="No such file"):
+        publish(first, 2)
+    first.close()
+    assert not root.exists()
+    with opened(root.with_name("moved"), Clock()) as moved:
+        assert moved.models()[0].versions[0].digest == published.digest
+
+
+def test_a_lock_that_can_not_be_looked_at_is_an_error_of_the_disk(root, monkeypatch):
+    with opened(root, Clock()) as first:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            with pytest.raises(StoreError, match="Input/output error"):
+                first.put_blob(digest_of(b"x"), b"x")
+        assert publish(first, 1).version == 1
