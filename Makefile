@@ -7,6 +7,7 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BUNDLED := $(filter-out %/bundle.js,$(wildcard tether/swarm/js/*.js tether/swarm/js/*.json))
 # The first of these that runs, is 3.11 or later and can make a venv. A name may exist and not run (pyenv's shims), so each is tried.
 PYTHONS ?= python3 python3.13 python3.12 python3.11 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -49,8 +50,8 @@ chaos: $(READY)  ## the tests that kill processes, at full scale: make chaos [RO
 clean:  ## remove the venv and what the tools and scripts generate
 	rm -rf $(VENV) datasets/digits.zarr datasets/models .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-# Made again when a dependency or a pin changes. pip comes first: groups of pyproject.toml need 25.1, Python 3.11 brings an older one.
-$(READY): pyproject.toml constraints.txt
+# Made again when a dependency, a pin or the swarm's JavaScript changes. pip comes first: groups of pyproject.toml need 25.1, Python 3.11 brings an older one.
+$(READY): pyproject.toml constraints.txt hatch_build.py $(BUNDLED)
 	@found=; for python in $(PYTHONS); do if "$$python" -c '$(USABLE)' 2>/dev/null; then found=$$python; break; fi; done; \
 	if [ -z "$$found" ]; then \
 	  echo "Tether needs Python 3.11 or later with venv; none of '$(PYTHONS)' is that." >&2; \

@@ -1,0 +1,48 @@
+"""A peer is a source of blobs like any other: the contract, over two ends of a stream in memory."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+from tether.errors import ChunkAlteredError, ChunkMissingError
+from tether.store.replicas.held import Held
+from tether.swarm.blobs import BlobConnection
+from tether.testing.blob_sources import BlobSourceSuite
+from tether.testing.streams import stream_pair
+
+
+class RepositoryShelf:
+    def __init__(self, repository):
+        self.repository = repository
+
+    async def authorise(self, peer, kind, digest):
+        del peer, kind, digest
+
+    async def blob(self, digest):
+        return await asyncio.to_thread(self._read, digest)
+
+    def _read(self, digest):
+        try:
+            return self.repository.read_blob(digest)
+        except (ChunkMissingError, ChunkAlteredError):
+            return None
+
+    async def manifest(self, digest):
+        return await asyncio.to_thread(Held(self.repository).whole, digest)
+
+    async def bitmap(self, digest):
+        del digest
+
+
+class TestPeerBlobs(BlobSourceSuite):
+    @asynccontextmanager
+    async def open_source(self, repository):
+        ours, theirs = stream_pair()
+        self.connection, giver = BlobConnection(ours), BlobConnection(theirs, RepositoryShelf(repository))
+        yield self.connection.source()
+        await self.connection.aclose()
+        assert giver.is_closed
+
+    async def cut_off(self, source):
+        assert source.name == "peer 22222222…"
+        self.connection._link._stream.cut(ConnectionResetError("no route"))
+        await self.connection.wait_closed()

@@ -1,0 +1,399 @@
+"""What a follower takes of a publisher's feed: what goes on from what it knows, and no number that means something else than before."""
+
+import random
+import time
+
+import msgspec
+import pytest
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tether.errors import FeedRefusedError, MalformedFeedError, StoreError
+from tether.security.identity import Identity
+from tether.swarm import feed_entries
+from tether.swarm.feed_entries import MAX_VALUE_NBYTES, Change, Content, FeedModel, FeedVersion, applied, changes, entries
+from tether.swarm.feed_state import TAKEN, FeedState, FeedStates, Head, Verdict, judge, parse_head, sign_head
+
+LAB, THIEF, PEER = (Identity(bytes([number]) * 32) for number in range(1, 4))
+CORE = "c0" * 32
+
+
+class Core:
+    """A Hypercore as far as heads go: blocks, and a root for each length that depends on all blocks before it."""
+
+    def __init__(self, blocks=(), *, era=1, fork=0, key=CORE):
+        self.blocks, self.era, self.fork, self.key = list(blocks), era, fork, key
+
+    def root(self, length):
+        return blake3(msgspec.msgpack.encode(self.blocks[:length])).hexdigest()
+
+    def head(self, length=None):
+        at = len(self.blocks) if length is None else length
+        return Head(LAB.public, self.key, self.era, at, self.fork, self.root(at), 1_800_000_000)
+
+    def copy(self):
+        return Core(self.blocks, era=self.era, fork=self.fork, key=self.key)
+
+
+class Follower:
+    """What the glue does: judge, import, remember."""
+
+    def __init__(self):
+        self.state, self.core = FeedState(LAB.public), Core()
+
+    def offered(self, core, head=None, *, proof=True):
+        head = head or core.head()
+        known = self.state.known
+        shared = None
+        if known is not None:
+            shorter = min(known.length, head.length)
+            holder = core if head.length >= known.length else self.core
+            shared = holder.root(shorter) if proof or holder is self.core else None
+        verdict = judge(self.state, head, shared)
+        signed = sign_head(LAB, head)
+        if verdict in TAKEN:
+            self.core, self.state = core.copy(), self.state.imported(signed)
+        else:
+            self.state = self.state.refused(verdict, signed, 5.0, PEER.public)
+        return verdict
+
+
+def test_a_feed_that_grows_is_followed():
+    follower, core = Follower(), Core(["a"])
+    assert follower.offered(core) is Verdict.FIRST
+    assert follower.offered(core) is Verdict.SAME
+    core.blocks += ["b", "c"]
+    assert follower.offered(core) is Verdict.NEWER
+    assert follower.state.known.length == 3
+
+
+def test_what_is_older_is_refused_and_the_feed_goes_on():
+    follower, core = Follower(), Core(["a", "b", "c"])
+    follower.offered(core)
+    assert follower.offered(core, core.head(2)) is Verdict.ROLLED_BACK
+    assert follower.state.rollbacks == 1
+    assert follower.state.known.length == 3
+    core.blocks.append("d")
+    assert follower.offered(core) is Verdict.NEWER
+    follower.state.check()
+
+
+@pytest.mark.parametrize(
+    ("branch", "verdict"),
+    [
+        (Core(["a", "b", "X"]), Verdict.FORKED),
+        (Core(["a", "b", "X", "Y"]), Verdict.FORKED),
+        (Core(["a", "X"]), Verdict.FORKED),
+        (Core(["a", "b", "c"], key="d0" * 32), Verdict.FORKED),
+        (Core(["a", "b"], fork=1), Verdict.TRUNCATED),
+        (Core(["a", "b", "X", "Y"], fork=1), Verdict.TRUNCATED),
+        (Core(["a", "b", "c"], fork=1), Verdict.TRUNCATED),
+    ],
+)
+def test_another_history_under_the_same_key_stops_the_feed_until_a_person_decides(branch, verdict):
+    follower, core = Follower(), Core(["a", "b", "c"])
+    follower.offered(core)
+
+    assert follower.offered(branch) is verdict
+
+    with pytest.raises(FeedRefusedError, match="ask the lab") as caught:
+        follower.state.check()
+    assert caught.value.args[1] == verdict.value
+    assert follower.state.known == core.head()
+    core.blocks.append("d")
+    assert follower.offered(core) is Verdict.STOPPED
+    assert follower.offered(branch) is Verdict.STOPPED
+    refusal = follower.state.refusal
+    assert parse_head(refusal.known, LAB.public) == Core(["a", "b", "c"]).head()
+    assert parse_head(refusal.offered, LAB.public) == branch.head()
+    assert refusal.seen_from == PEER.public
+
+    follower.state = follower.state.forgiven()
+    assert follower.offered(core) is Verdict.NEWER
+
+
+def test_what_nobody_proved_to_contain_the_known_is_not_taken_and_not_held_against_the_lab():
+    follower, core = Follower(), Core(["a"])
+    follower.offered(core)
+    core.blocks.append("b")
+    assert follower.offered(core, proof=False) is Verdict.UNPROVEN
+    assert follower.state.known.length == 1
+    assert follower.offered(core) is Verdict.NEWER
+
+
+def test_a_lab_may_begin_a_new_core_and_never_go_back_to_an_old_one():
+    follower, old = Follower(), Core(["a", "b"])
+    follower.offered(old)
+    new = Core(["all again"], era=2, key="d0" * 32)
+    assert follower.offered(new) is Verdict.NEW_ERA
+    assert follower.offered(old) is Verdict.ROLLED_BACK
+    old.blocks.append("c")
+    assert follower.offered(old) is Verdict.ROLLED_BACK
+    assert follower.offered(Core(["all again"], era=2, key="e0" * 32)) is Verdict.FORKED
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.sampled_from(["grow", "old", "fork", "cut"]), st.integers(0, 5)), max_size=12))
+def test_what_was_taken_is_contained_in_all_that_is_taken_later(steps):
+    follower, core = Follower(), Core(["0"])
+    follower.offered(core)
+    for number, (kind, size) in enumerate(steps):
+        before, length = follower.core.copy(), len(core.blocks)
+        if kind == "grow":
+            core.blocks += [f"{number}"] * size
+            verdict = follower.offered(core)
+        elif kind == "old":
+            verdict = follower.offered(core, core.head(max(0, length - size)))
+        else:
+            kept = core.blocks[: max(0, length - 1 - size % length)]
+            verdict = follower.offered(Core([*kept, *[f"other {number}"] * (size + 1)], fork=int(kind == "cut")))
+            assert verdict not in TAKEN
+        assert follower.core.blocks[: len(before.blocks)] == before.blocks
+        if verdict in {Verdict.FORKED, Verdict.TRUNCATED}:
+            assert follower.state.refusal is not None
+
+
+def test_row_17_a_forked_history_is_found_by_followers_that_meet_and_is_never_served(chaos):
+    started = time.monotonic()
+    found = 0
+    for number in range(chaos.count(100, 20)):
+        draw = random.Random(f"{chaos.seed} {number}")
+        trunk = Core([str(n) for n in range(draw.randint(1, 30))])
+        left, right = trunk.copy(), trunk.copy()
+        left.blocks += ["left"] * draw.randint(1, 5)
+        right.blocks += ["right"] * draw.randint(1, 5)  # by the stolen key
+        sides = {0: left, 1: right}
+        followers = {n: Follower() for n in range(6)}
+        for n, follower in followers.items():
+            follower.offered(trunk)
+            assert follower.offered(sides[n % 2]) is Verdict.NEWER
+        for _ in range(60):  # the partition is healed: they meet by chance
+            one, other = draw.sample(sorted(followers), 2)
+            taken = [str(block) for block in followers[one].core.blocks]
+            followers[one].offered(followers[other].core)
+            assert [str(block) for block in followers[one].core.blocks] == taken
+        found += all(follower.state.refusal is not None for follower in followers.values())
+        assert all(follower.core.blocks[-1] == sides[n % 2].blocks[-1] for n, follower in followers.items())
+        assert any(follower.state.refusal is not None for follower in followers.values())
+    assert found >= chaos.count(100, 20) * 0.95  # in sixty meetings, all but the loneliest have met the other side
+    chaos.record(17, f"{chaos.count(100, 20)} forks, detected in all, by all followers in {found}", time.monotonic() - started)
+
+
+# --- heads on the wire
+
+
+@given(st.integers(0, 1000), st.integers(1, 255))
+def test_no_bit_of_a_head_can_be_changed(place, flip):
+    data = bytearray(sign_head(LAB, Core(["a"]).head()))
+    data[place % len(data)] ^= flip
+    with pytest.raises(MalformedFeedError):
+        parse_head(bytes(data), LAB.public)
+
+
+@given(st.binary(max_size=600))
+def test_garbage_is_no_head(data):
+    with pytest.raises(MalformedFeedError):
+        parse_head(data, LAB.public)
+
+
+def test_nobody_signs_for_another_lab():
+    head = Core(["a"]).head()
+    with pytest.raises(MalformedFeedError, match="not signed by"):
+        parse_head(sign_head(THIEF, head), LAB.public)
+    with pytest.raises(MalformedFeedError, match="not one of"):
+        parse_head(sign_head(THIEF, head), THIEF.public)
+
+
+@pytest.mark.parametrize("wrong", [{"length": -1}, {"era": 0}, {"root": "x"}, {"core": "AB" * 32}, {"fork": 1 << 53}, {"format": 2}])
+def test_a_head_that_makes_no_sense_is_not_signed(wrong):
+    with pytest.raises(MalformedFeedError):
+        sign_head(LAB, msgspec.structs.replace(Core(["a"]).head(), **wrong))
+
+
+# --- what is remembered
+
+
+def test_a_restart_forgets_neither_where_a_feed_was_nor_that_it_was_refused(tmp_path):
+    follower, core = Follower(), Core(["a", "b"])
+    follower.offered(core)
+    states = FeedStates(tmp_path / "feeds")
+    assert states.load(LAB.public) == FeedState(LAB.public)
+    states.save(follower.state)
+
+    follower.state = FeedStates(tmp_path / "feeds").load(LAB.public)
+    assert follower.offered(core, core.head(1)) is Verdict.ROLLED_BACK
+    assert follower.offered(Core(["a", "X"])) is Verdict.FORKED
+    states.save(follower.state)
+
+    again = FeedStates(tmp_path / "feeds").load(LAB.public)
+    assert again == follower.state
+    assert judge(again, core.head(), None) is Verdict.STOPPED
+    assert states.publishers() == [LAB.public]
+    assert (tmp_path / "feeds" / f"{LAB.public}.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff", b'{"publisher": "x"}', None])
+def test_a_damaged_memory_is_not_taken_for_a_fresh_one(tmp_path, data):
+    states = FeedStates(tmp_path)
+    states.save(FeedState(LAB.public, head=sign_head(LAB, Core(["a"]).head())))
+    path = tmp_path / f"{LAB.public}.json"
+    path.write_bytes(path.read_bytes().replace(b"publisher", b"Publisher") if data is None else data)
+    with pytest.raises(StoreError, match="damaged"):
+        states.load(LAB.public)
+
+
+def test_a_memory_that_somebody_wrote_is_believed_in_nothing_that_is_not_signed(tmp_path):
+    states = FeedStates(tmp_path)
+    states.save(FeedState(LAB.public, head=sign_head(THIEF, Core(["a"]).head())))
+    with pytest.raises(StoreError, match="not signed"):
+        states.load(LAB.public)
+    with pytest.raises(MalformedFeedError):
+        states.load("../../etc/passwd")
+
+
+def test_a_folder_that_can_not_be_written_is_told(tmp_path):
+    (tmp_path / "feeds").write_bytes(b"a file in its place")
+    with pytest.raises(StoreError):
+        FeedStates(tmp_path / "feeds").save(FeedState(LAB.public))
+
+
+# --- entries
+
+
+def version(number, text=""):
+    return FeedVersion(
+        blake3(b"%d %s" % (number, text.encode())).hexdigest(), 1000 + number, 1.8e9, {"n": str(number)} if number % 2 else {}
+    )
+
+
+def model(*numbers, aliases=None, config=None):
+    return FeedModel(max(numbers, default=0) + 1, {number: version(number) for number in numbers}, aliases or {}, config)
+
+
+def put(key, value):
+    return Change(key, value if value is None else msgspec.json.encode(value))
+
+
+SOME = Content({"digits": model(1, 2, aliases={"prod": 1, "latest": 2}), "faces": model(1, config={"copies": 2})}, frozenset({PEER.public}))
+
+
+def test_what_is_written_is_what_is_read():
+    update = [Change(key, value) for key, value in entries(SOME).items()]
+    content, changed = applied(Content(), update)
+    assert content == SOME
+    assert changed == ("digits", "faces")
+    assert applied(content, update) == (SOME, ())
+
+
+def test_the_keys_are_those_that_a_node_program_reads():
+    found = entries(SOME)
+    assert sorted(found) == [
+        "aliases/digits/latest", "aliases/digits/prod", "models/digits/versions/1", "models/digits/versions/2", "models/faces/config",
+        "models/faces/versions/1", f"peers/{PEER.public}",
+    ]  # fmt: skip
+    assert msgspec.json.decode(found["aliases/digits/prod"]) == {"version": 1}
+    assert msgspec.json.decode(found["models/digits/versions/2"]) == {"digest": version(2).digest, "nbytes": 1002, "created": 1.8e9}
+
+
+def test_a_moved_alias_is_one_entry_and_one_changed_model():
+    moved = Content({**SOME.models, "digits": model(1, 2, aliases={"prod": 2, "latest": 2})}, SOME.peers)
+    update = changes(entries(SOME), entries(moved))
+    assert [change.key for change in update] == ["aliases/digits/prod"]
+    assert applied(SOME, update) == (moved, ("digits",))
+
+
+numbers = st.frozensets(st.integers(1, 6), max_size=4)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.dictionaries(st.sampled_from(["a", "b"]), st.tuples(numbers, st.integers(1, 6))), max_size=6), st.booleans())
+def test_a_follower_says_what_the_publisher_says_whichever_heads_it_saw(steps, whole):
+    truth, seen, follower, given_ = Content(), {}, Content(), {}
+    for step in steps:
+        models = {}
+        for name, old in truth.models.items():
+            models[name] = FeedModel(old.next, {}, {}, None)
+        for name, (wanted, alias) in step.items():
+            next_ = given_.get(name, 1)
+            old = truth.models.get(name, FeedModel())
+            kept = {n: old.versions[n] for n in wanted if n in old.versions} | {next_: version(next_)}
+            given_[name] = next_ + 1
+            models[name] = FeedModel(next_ + 1, kept, {"prod": next_ if alias not in kept else alias}, None)
+        truth = Content(models)
+        now = entries(truth)
+        update = [Change(key, value) for key, value in now.items()] if whole else changes(seen, now)
+        if whole or step:
+            follower, _ = applied(follower, update, whole=whole)
+            seen = now
+            assert entries(follower) == now
+            assert all(follower.models[name].next >= held.next for name, held in truth.models.items() if held.versions)
+
+
+@pytest.mark.parametrize(
+    ("update", "says"),
+    [
+        ([put("models/digits/versions/1", {"digest": "f" * 64, "nbytes": 1, "created": 1.0})], "never given again"),
+        ([put("models/digits/versions/0", {"digest": "f" * 64, "nbytes": 1, "created": 1.0})], "number from 1"),
+        ([put("models/digits/versions/01", {"digest": "f" * 64, "nbytes": 1, "created": 1.0})], "number from 1"),
+        ([put("models/digits/versions/3", {"digest": "f" * 63, "nbytes": 1, "created": 1.0})], "a digest"),
+        ([put("models/digits/versions/3", {"digest": "f" * 64, "nbytes": -1, "created": 1.0})], "a size"),
+        ([put("models/digits/versions/3", {"digest": "f" * 64, "nbytes": "1", "created": 1.0})], "Expected"),
+        ([Change("models/digits/versions/3", b"not json")], "breaks a rule"),
+        ([Change("models/digits/versions/3", b"[" * 10_000)], "breaks a rule"),
+        ([put("aliases/digits/prod", {"version": 9})], "does not have"),
+        ([put("aliases/nobody/prod", {"version": 1})], "does not have"),
+        ([put("models/digits/versions/1", None)], "does not have"),
+        ([put("models/Digits/config", {})], "model name"),
+        ([put("models/../config", {})], "model name"),
+        ([put("aliases/digits/\x1b[2J", {"version": 1})], "model name"),
+        ([put("models/digits/config", [1])], "Expected"),
+        ([put("peers/somebody", {})], "64 hex digits"),
+        ([Change("x" * 257, b"{}")], "at most 256"),
+        ([Change("models/digits/config", b" " * (MAX_VALUE_NBYTES + 1))], "16384 bytes"),
+        ([put(f"aliases/digits/a{n}", {"version": 1}) for n in range(300)], "at most 256 aliases"),
+        ([put(f"peers/{n:064x}", {}) for n in range(1001)], "1000 peers"),
+    ],
+)
+def test_an_update_that_breaks_a_rule_counts_in_no_part(update, says):
+    good = put("models/digits/versions/3", {"digest": "a" * 64, "nbytes": 1, "created": 1.0})
+    with pytest.raises(MalformedFeedError, match=says):
+        applied(SOME, [good, *update])
+
+
+def test_a_number_that_was_deleted_does_not_come_back_as_something_else():
+    gone, _ = applied(SOME, [put("models/digits/versions/2", None), put("aliases/digits/latest", {"version": 1})])
+    assert gone.models["digits"].next == 3
+    again = Change("models/digits/versions/2", msgspec.json.encode(version(2)))
+    with pytest.raises(MalformedFeedError, match="was deleted"):
+        applied(gone, [again])
+
+
+def test_a_feed_begun_anew_drops_what_it_does_not_name_and_still_can_not_reuse_a_number():
+    update = [Change(key, value) for key, value in entries(Content({"digits": model(1)})).items()]
+    content, changed = applied(SOME, update, whole=True)
+    assert changed == ("digits", "faces")
+    assert content.models["faces"] == FeedModel(2, {}, {}, None)
+    assert list(content.models["digits"].versions) == [1]
+    assert content.peers == frozenset()
+    with pytest.raises(MalformedFeedError, match="never given again"):
+        applied(content, [Change("models/faces/versions/1", msgspec.json.encode(version(7)))], whole=True)
+
+
+def test_entries_of_a_newer_tether_are_passed_over():
+    assert applied(SOME, [put("spaceships/x", {}), put("models/digits/mood", 1), Change("", b"")]) == (SOME, ())
+
+
+def test_a_follower_can_not_be_made_to_keep_without_end(monkeypatch):
+    monkeypatch.setattr(feed_entries, "MAX_MODELS", 3)
+    with pytest.raises(MalformedFeedError, match="at most 3 models"):
+        applied(Content(), [put(f"models/m{n}/config", {}) for n in range(4)])
+    monkeypatch.setattr(feed_entries, "MAX_VERSIONS", 2)
+    with pytest.raises(MalformedFeedError, match="more than 4 entries"):
+        applied(Content(), [put("a", {})] * 5)
+
+
+def test_every_model_has_a_latest_for_the_catalog():
+    assert model(1, 4).names == {"latest": 4}
+    assert model(1, 4, aliases={"latest": 1, "prod": 4}).names == {"latest": 1, "prod": 4}
+    assert FeedModel(5).names == {}

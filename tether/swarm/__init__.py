@@ -1,0 +1,1 @@
+"""The swarm: a lab is reachable from anywhere by its address, and models travel between peers."""

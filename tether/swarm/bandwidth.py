@@ -1,0 +1,30 @@
+"""Pure: how many bytes a second may go out. One queue: who came first goes first, and nobody is starved."""
+
+from __future__ import annotations
+
+__all__ = ["TokenBucket"]
+
+
+class TokenBucket:
+    """Lets `burst_nbytes` through at once and `nbytes_per_second` for ever."""
+
+    def __init__(self, nbytes_per_second: float = float("inf"), burst_nbytes: int = 1 << 20) -> None:
+        """An infinite rate never waits."""
+        self._rate = nbytes_per_second
+        self._burst_seconds = burst_nbytes / nbytes_per_second
+        self._paid_until = float("-inf")
+        """When all that was taken so far will have gone out at the rate."""
+
+    @property
+    def nbytes_per_second(self) -> float:
+        return self._rate
+
+    def limit(self, nbytes_per_second: float, burst_nbytes: int = 1 << 20) -> None:
+        """Another rate from now on; what was taken before keeps its time."""
+        self._rate, self._burst_seconds = nbytes_per_second, burst_nbytes / nbytes_per_second
+
+    def take(self, nbytes: int, now: float) -> float:
+        """Seconds, from the monotonic time `now`, after which these bytes may go; they are taken whether or not they go."""
+        start = max(self._paid_until, now - self._burst_seconds)
+        self._paid_until = start + nbytes / self._rate
+        return max(self._paid_until - now, 0.0)

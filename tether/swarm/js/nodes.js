@@ -1,0 +1,225 @@
+// What Python can ask of hyperdht. A method takes values and returns values (JSON); keys and topics are hexadecimal.
+
+const b4a = require('b4a')
+const DHT = require('hyperdht')
+const NoiseWrap = require('hyperdht/lib/noise-wrap')
+const { control, host, outbox, putText } = require('./bridge')
+const HandedStream = require('./handed')
+
+// A handshake costs a millisecond and its traces stay for ten seconds: what a flood of them may take.
+const HANDSHAKES_A_SECOND = 100
+const HANDSHAKES_BURST = 300
+const MAX_PEERS = 1000 // of one lookup: the nodes that answer may be hostile
+
+const nodes = new Map()
+const servers = new Map()
+const connecting = new Map() // call to stream
+let handles = 0
+
+const bytes = hex => b4a.from(hex, 'hex')
+const hex = bytes => b4a.toString(bytes, 'hex')
+
+function nodeOf (handle) {
+  const node = nodes.get(handle)
+  if (node === undefined) throw Object.assign(new Error('this node is closed'), { code: 'NODE_DESTROYED' })
+  return node
+}
+
+// Refuses by a handshake that fails, as one with garbage in it does.
+class Handshakes {
+  constructor () {
+    this.left = HANDSHAKES_BURST
+    this.at = Date.now()
+  }
+
+  create (keyPair, remotePublicKey) {
+    const now = Date.now()
+    this.left = Math.min(HANDSHAKES_BURST, this.left + Math.max(0, now - this.at) / 1000 * HANDSHAKES_A_SECOND)
+    this.at = now
+    if (this.left < 1) return { recv () { throw new Error('Too many handshakes') } }
+    this.left--
+    return new NoiseWrap(keyPair, remotePublicKey)
+  }
+}
+
+function firewall (handle, remotePublicKey, address) {
+  outbox.set(remotePublicKey)
+  control[0] = handle
+  host.firewall()
+  return control[0] !== 0
+}
+
+function onconnection (handle, stream) {
+  stream.on('error', () => {}) // Python is told by its own stream
+  control[0] = handle
+  control[1] = stream.rawStream.handle
+  host.connection()
+}
+
+async function opened (stream) {
+  await new Promise((resolve, reject) => {
+    stream.once('open', resolve)
+    stream.once('error', reject)
+    stream.once('close', () => reject(Object.assign(new Error('closed before it was open'), { code: 'PEER_CONNECTION_FAILED' })))
+  })
+  return { stream: stream.rawStream.handle }
+}
+
+async function peers (query) {
+  const found = new Map()
+  for await (const { peers } of query) {
+    for (const { publicKey, relayAddresses } of peers) {
+      if (found.size < MAX_PEERS) found.set(hex(publicKey), relayAddresses.map(({ host, port }) => [host, port]))
+    }
+  }
+  return Array.from(found, ([publicKey, relays]) => ({ publicKey, relays }))
+}
+
+function relaysOf (node) {
+  for (const server of node.listening) return server.relayAddresses
+  return []
+}
+
+const record = found => found && { value: hex(found.value), seq: found.seq, signature: hex(found.signature) }
+
+module.exports.nodeOf = nodeOf
+module.exports.methods = {
+  create ({ bootstrap, seed, host, port, ephemeral, firewalled }) {
+    const keyPair = DHT.keyPair(bytes(seed))
+    const options = { bootstrap, keyPair, host, port, nodes: [] }
+    if (port === 0) options.port = [0, 0] // zero alone is taken for hyperdht's own port
+    if (ephemeral !== null) options.ephemeral = ephemeral
+    if (firewalled !== null) options.firewalled = firewalled
+    const node = new DHT(options)
+    node.tetherNode = ++handles
+    nodes.set(handles, node)
+    return { node: handles, publicKey: hex(keyPair.publicKey) }
+  },
+
+  // Throws where a socket can't be bound.
+  async bound ({ node }) {
+    await nodeOf(node).bind()
+  },
+
+  async ready ({ node }) {
+    await nodeOf(node).fullyBootstrapped()
+  },
+
+  status ({ node }) {
+    const dht = nodeOf(node)
+    return {
+      host: dht.host,
+      port: dht.port,
+      local: dht.io.serverSocket === null ? null : dht.localAddress(),
+      firewalled: dht.firewalled,
+      randomized: dht.randomized,
+      ephemeral: dht.ephemeral,
+      bootstrapped: dht.bootstrapped,
+      online: dht.online,
+      degraded: dht.degraded,
+      known: dht.nodes.length,
+      punches: dht.stats.punches,
+      relaying: dht.stats.relaying
+    }
+  },
+
+  // The server's number comes before its first connection can.
+  listen ({ node, relayThrough }) {
+    const dht = nodeOf(node)
+    const handle = ++handles
+    const handshakes = new Handshakes()
+    const server = dht.createServer({
+      firewall: (key, payload, address) => firewall(handle, key, address),
+      createHandshake: (keyPair, key) => handshakes.create(keyPair, key),
+      createSecretStream: (isInitiator, raw, options) => new HandedStream(dht, isInitiator, raw, options),
+      relayThrough: relayThrough && bytes(relayThrough)
+    }, stream => onconnection(handle, stream))
+    servers.set(handle, server)
+    return { server: handle }
+  },
+
+  async announced ({ server }) {
+    await servers.get(server).listen()
+  },
+
+  async unlisten ({ server }) {
+    const listening = servers.get(server)
+    servers.delete(server)
+    if (listening !== undefined) await listening.close()
+  },
+
+  async connect ({ node, publicKey, relayThrough }, call) {
+    const dht = nodeOf(node)
+    const stream = dht.connect(bytes(publicKey), {
+      createSecretStream: (isInitiator, raw, options) => new HandedStream(dht, isInitiator, raw, options),
+      relayThrough: relayThrough && bytes(relayThrough)
+    })
+    stream.on('error', () => {})
+    connecting.set(call, stream)
+    try {
+      return await opened(stream)
+    } finally {
+      connecting.delete(call)
+    }
+  },
+
+  cancel ({ call }) {
+    const stream = connecting.get(call)
+    if (stream !== undefined) stream.destroy()
+  },
+
+  async announce ({ node, topic }) {
+    const dht = nodeOf(node)
+    const query = dht.announce(bytes(topic), dht.defaultKeyPair, relaysOf(dht))
+    await query.finished()
+    return { nodes: query.closestNodes.length }
+  },
+
+  async unannounce ({ node, topic }) {
+    const dht = nodeOf(node)
+    await dht.unannounce(bytes(topic), dht.defaultKeyPair)
+  },
+
+  async lookup ({ node, topic }) {
+    return peers(nodeOf(node).lookup(bytes(topic)))
+  },
+
+  async mutablePut ({ node, value, seq, seed }) {
+    const dht = nodeOf(node)
+    const keyPair = seed === null ? dht.defaultKeyPair : DHT.keyPair(bytes(seed))
+    const { closestNodes } = await dht.mutablePut(keyPair, bytes(value), { seq })
+    return { nodes: closestNodes.length }
+  },
+
+  async mutableGet ({ node, publicKey, seq, latest }) {
+    return record(await nodeOf(node).mutableGet(bytes(publicKey), { seq, latest }))
+  },
+
+  async immutablePut ({ node, value }) {
+    const { hash } = await nodeOf(node).immutablePut(bytes(value))
+    return { hash: hex(hash) }
+  },
+
+  async immutableGet ({ node, hash }) {
+    const found = await nodeOf(node).immutableGet(bytes(hash))
+    return found && { value: hex(found.value) }
+  },
+
+  async suspend ({ node }) {
+    await nodeOf(node).suspend()
+  },
+
+  async resume ({ node }) {
+    await nodeOf(node).resume()
+  },
+
+  async destroy ({ node, force }) {
+    const dht = nodes.get(node)
+    if (dht === undefined) return
+    nodes.delete(node)
+    for (const [handle, server] of servers) {
+      if (server.dht === dht) servers.delete(handle)
+    }
+    await dht.destroy({ force })
+  }
+}

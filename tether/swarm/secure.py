@@ -1,0 +1,382 @@
+"""Messages on a UDX stream, encrypted: what hyperdht's NoiseSecretStream does after its handshake, with the same bytes on the wire.
+
+    stream   header | frame*
+    header   u24 LE 56 | 32 bytes that name the handshake and the sender's side | 24 bytes that begin libsodium's secretstream
+    frame    u24 LE nbytes | sealed message (17 bytes longer than the message); an empty message keeps alive and is not delivered
+
+The Noise handshake itself (IK, both keys proved) runs in JavaScript and ends in the keys that stand here.  Both sides have then proved
+nothing to *this* stream yet: until the other side's header has come and fits, it may send those 59 bytes and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from nacl import _sodium
+
+from tether.errors import PayloadTooLargeError, ProtocolError, QueueFullError, StreamLostError, TetherError
+
+__all__ = ["Carrier", "Keys", "Route", "SecureStream", "StreamLimits"]
+
+_ffi: Any = _sodium.ffi
+_lib: Any = _sodium.lib
+_push = _lib.crypto_secretstream_xchacha20poly1305_push
+_pull = _lib.crypto_secretstream_xchacha20poly1305_pull
+_STATE = 52
+_LENGTH = 3
+_ID = 32
+_HEADER = _ID + 24
+_SEAL = 17
+_MAX_FRAME = (1 << 24) - 1
+MAX_MESSAGE = _MAX_FRAME - _SEAL
+"""Bytes: what three bytes of length leave for a message."""
+_HEAD = _HEADER.to_bytes(_LENGTH, "little")
+
+Route = Literal["direct", "punched", "relayed"]
+ROUTES: tuple[Route, ...] = ("direct", "punched", "relayed")
+"""In the order of `js/handed.js`."""
+
+
+class Carrier(Protocol):
+    """What is needed of a UDX stream."""
+
+    @property
+    def rtt(self) -> float: ...
+    def write(self, data: bytearray, /, *, owned: bool) -> bool: ...
+    def write_end(self) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def destroy(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What the handshake ended in."""
+
+    send: bytes
+    receive: bytes
+    peer: bytes
+    """The other side's Ed25519 public key, which it proved."""
+    handshake: bytes
+    """Hash of the handshake's transcript, the same on both sides and of no other stream."""
+    own_id: bytes
+    peer_id: bytes
+    is_initiator: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """What a peer may make us wait for. Seconds."""
+
+    header: float = 10.0
+    """For its header, once the handshake is done."""
+    idle: float = 30.0
+    """For anything at all: it keeps alive every `keepalive` seconds, as hyperdht's streams do."""
+    keepalive: float = 5.0
+
+
+class SecureStream:
+    """An encrypted connection to one peer: `ports.MessageStream` over HyperDHT. Belongs to one event loop."""
+
+    def __init__(self, carrier: Carrier, keys: Keys, limits: StreamLimits, loop: asyncio.AbstractEventLoop) -> None:
+        self._carrier, self._keys, self._limits, self._loop = carrier, keys, limits, loop
+        self.route: Route = "direct"
+        """How its packets travel now; a relayed stream is punched or direct once a way is found."""
+        self.remote_address: tuple[str, int] | None = None
+        self._gone = False  # the carrier is closed; messages that came may still be waiting for somebody who takes them
+        self._closed = False
+        self._failed: TetherError | None = None
+        self._sending = bytearray(_STATE)
+        self._sending_at = _ffi.from_buffer(self._sending)
+        self._receiving = bytearray(_STATE)
+        self._receiving_at = _ffi.from_buffer(self._receiving)
+        self._opened = bytearray()
+        self._parts: list[bytes] = []
+        self._nbytes = 0
+        self._needed = _LENGTH
+        self._greeted = False
+        self._paused = False
+        self._ended = self._peer_ended = self._told_end = False
+        self._full = False
+        self._drained: asyncio.Future[None] | None = None
+        self._on_message: Callable[[memoryview], None] | None = None
+        self._on_end: Callable[[], None] = _nothing
+        self._on_close: Callable[[Exception | None], None] | None = None
+        self._sent_at = self._heard_at = loop.time()
+        self._timer = loop.call_later(limits.header, self._no_header)
+        self._greet()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        return f"<SecureStream {state} {self.route} with {self.peer[:12]}…>"
+
+    @property
+    def peer(self) -> str:
+        """The other side's Ed25519 public key, hex."""
+        return self._keys.peer.hex()
+
+    @property
+    def is_initiator(self) -> bool:
+        """Whether this side opened it."""
+        return self._keys.is_initiator
+
+    @property
+    def handshake_hash(self) -> bytes:
+        """The same 64 bytes on both sides, and on no other stream: what binds a signature to this stream."""
+        return self._keys.handshake
+
+    @property
+    def rtt(self) -> float:
+        """Round trip in seconds, smoothed; 0.0 before the first one."""
+        return self._carrier.rtt
+
+    @property
+    def closed(self) -> bool:
+        """Whether both directions are gone."""
+        return self._gone
+
+    def start(
+        self, on_message: Callable[[memoryview], None], on_end: Callable[[], None], on_close: Callable[[Exception | None], None]
+    ) -> None:
+        """Deliver what comes, from the loop's next turn on; see `ports.MessageStream`."""
+        self._on_message, self._on_end, self._on_close = on_message, on_end, on_close
+        self._loop.call_soon(self._catch_up)
+
+    def send(self, message: bytes | bytearray | memoryview) -> bool:
+        """Queue a message; False: the queue is long, wait for `drained`. Nothing happens on a stream that closed or ended.
+
+        Raises: PayloadTooLargeError: over 16 MiB less 18 bytes.
+        """
+        nbytes = len(message)
+        if nbytes > MAX_MESSAGE:
+            raise PayloadTooLargeError(f"A message of {nbytes} bytes is over {MAX_MESSAGE}; send it in pieces.")
+        if self._gone or self._ended:
+            return True
+        frame = bytearray(nbytes + _LENGTH + _SEAL)
+        frame[:_LENGTH] = (nbytes + _SEAL).to_bytes(_LENGTH, "little")
+        plain = message if type(message) is bytes else _ffi.from_buffer(message)
+        _push(self._sending_at, _ffi.from_buffer(frame) + _LENGTH, _ffi.NULL, plain, nbytes, _ffi.NULL, 0, 0)
+        self._sent_at = self._loop.time()
+        try:
+            self._full = not self._carrier.write(frame, owned=True)
+        except QueueFullError as error:  # its place in the cipher's sequence is taken: nothing can follow it
+            self._cut(error)
+        return not self._full
+
+    async def drained(self) -> None:
+        """Wait until more may be queued.
+
+        Raises: StreamLostError (a ServiceUnavailableError): the stream closed.
+        """
+        while self._full and not self._gone:
+            if self._drained is None:
+                self._drained = self._loop.create_future()
+            await asyncio.shield(self._drained)
+        if self._gone:
+            raise StreamLostError(
+                f"The stream to {self.peer[:12]}… closed before the queue was empty; connect again.", ""
+            ) from self._failed
+
+    def pause(self) -> None:
+        """Deliver nothing for now: the peer is slowed down once what it may send has come."""
+        self._paused = True
+        if self._greeted and not self._gone:
+            self._carrier.pause()
+
+    def resume(self) -> None:
+        """Deliver again, from the loop's next turn on."""
+        if self._paused:
+            self._paused = False
+            self._loop.call_soon(self._catch_up)
+
+    def end(self) -> None:
+        """Send no more; what is queued goes out first."""
+        if not self._gone and not self._ended:
+            self._ended = True
+            self._carrier.write_end()
+
+    def destroy(self) -> None:
+        """Cut the connection at once, in both directions; a second call does nothing."""
+        self._cut(StreamLostError("The stream was cut on this side.", "ECANCELED"))
+
+    # What the carrier tells.
+
+    def data_arrived(self, data: bytes | bytearray | memoryview) -> None:
+        """Bytes of the wire, in order."""
+        self._heard_at = self._loop.time()
+        if self._parts:
+            self._parts.append(bytes(data))
+            self._nbytes += len(data)
+            if self._nbytes < self._needed or self._held():
+                return
+            data = b"".join(self._parts)
+            self._parts = []
+        elif self._held():
+            self._keep(bytes(data))
+            return
+        self._read(data)
+
+    def ended(self) -> None:
+        """The peer sends no more."""
+        self._peer_ended = True
+        self._tell_end()
+
+    def drain(self) -> None:
+        """The queue is short again."""
+        self._full = False
+        self._wake()
+
+    def carrier_closed(self, code: str | None) -> None:
+        """Both directions are gone; the code of UDX where they broke."""
+        if self._gone:
+            return
+        if code is None and not (self._ended and self._peer_ended):
+            code = "ECANCELED"  # cut on this side: the node was suspended or closed
+        if code is not None:
+            self._close(StreamLostError(f"The stream to {self.peer[:12]}… broke ({code}); connect again.", code))
+            return
+        self._let_go()
+        if not self._held():
+            self._close(None)
+
+    def _greet(self) -> None:
+        header = bytearray(_LENGTH + _HEADER)
+        header[:_LENGTH] = _HEAD
+        header[_LENGTH : _LENGTH + _ID] = self._keys.own_id
+        at = _ffi.from_buffer(header) + _LENGTH + _ID
+        _lib.crypto_secretstream_xchacha20poly1305_init_push(self._sending_at, at, self._keys.send)
+        self._carrier.write(header, owned=True)
+
+    def _held(self) -> bool:
+        """Whether what comes is kept: nobody takes messages now. The header is read in any case."""
+        return self._greeted and (self._paused or self._on_message is None)
+
+    def _keep(self, rest: bytes) -> None:
+        if rest:
+            self._parts = [rest]
+            self._nbytes = len(rest)
+            self._needed = _LENGTH if len(rest) < _LENGTH else _LENGTH + int.from_bytes(rest[:_LENGTH], "little")
+
+    def _catch_up(self) -> None:
+        if not self._held() and not self._closed:
+            if not self._gone:
+                self._carrier.resume()
+            if self._parts and self._nbytes >= self._needed:
+                data, self._parts = b"".join(self._parts), []
+                self._read(data)
+            self._tell_end()
+            if self._gone and not self._held():
+                self._close(None)
+        if self._closed:
+            self._tell_close()
+
+    def _read(self, data: bytes | bytearray | memoryview) -> None:
+        at, nbytes = 0, len(data)
+        base = _ffi.from_buffer(data)
+        while nbytes - at >= _LENGTH and not self._closed:
+            length = data[at] | data[at + 1] << 8 | data[at + 2] << 16
+            if not self._greeted and length != _HEADER:
+                self._violated(f"its first frame has {length} bytes, not {_HEADER}")
+                return
+            if self._held() or nbytes - at - _LENGTH < length:
+                break
+            at += _LENGTH
+            if self._greeted:
+                self._open_frame(base + at, length)
+            else:
+                self._meet(bytes(data[at : at + length]))
+            at += length
+        if not self._closed:
+            self._keep(bytes(data[at:]))
+
+    def _meet(self, header: bytes) -> None:
+        if not hmac.compare_digest(header[:_ID], self._keys.peer_id):
+            self._violated("its header is of another handshake")
+            return
+        _lib.crypto_secretstream_xchacha20poly1305_init_pull(self._receiving_at, header[_ID:], self._keys.receive)
+        self._greeted = True
+        self._timer.cancel()
+        self._timer = self._loop.call_later(self._limits.keepalive, self._look)
+        if self._held():
+            self._carrier.pause()
+
+    def _open_frame(self, sealed: Any, length: int) -> None:
+        nbytes = length - _SEAL
+        if nbytes < 0:
+            self._violated(f"a frame of {length} bytes is shorter than a seal")
+            return
+        opened = self._opened
+        if len(opened) < nbytes:
+            opened = self._opened = bytearray(max(nbytes, 2 * len(opened), 1 << 12))
+        if _pull(self._receiving_at, _ffi.from_buffer(opened), _ffi.NULL, _ffi.NULL, sealed, length, _ffi.NULL, 0):
+            self._violated("a frame was altered on its way, or sealed with another key")
+        elif nbytes and self._on_message is not None:
+            with memoryview(opened)[:nbytes] as message:
+                self._on_message(message)
+
+    def _violated(self, what: str) -> None:
+        self._cut(ProtocolError(f"The peer {self.peer[:12]}… was cut: {what}."))
+
+    def _look(self) -> None:
+        """Every few seconds: keep the stream alive, give up a peer that says nothing."""
+        now, limits = self._loop.time(), self._limits
+        if now - self._heard_at > limits.idle and not self._held() and not self._peer_ended:
+            code = "ETIMEDOUT"
+            self._cut(StreamLostError(f"Nothing came from {self.peer[:12]}… for {limits.idle:g} s; connect again.", code))
+            return
+        if now - self._sent_at >= limits.keepalive and not self._ended and not self._full:
+            self.send(b"")
+        self._timer = self._loop.call_later(limits.keepalive, self._look)
+
+    def _no_header(self) -> None:
+        seconds = self._limits.header
+        self._cut(StreamLostError(f"{self.peer[:12]}… did not begin its stream in {seconds:g} s; connect again.", "ETIMEDOUT"))
+
+    def _cut(self, error: TetherError) -> None:
+        if self._closed:
+            return
+        gone = self._gone
+        self._close(error)
+        if not gone:
+            self._carrier.destroy()
+
+    def _close(self, error: TetherError | None) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._failed = error
+        self._parts = []
+        self._let_go()
+        self._tell_close()
+
+    def _let_go(self) -> None:
+        self._gone = True
+        self._timer.cancel()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self._drained = None
+
+    def _tell_end(self) -> None:
+        if not self._peer_ended or self._told_end or self._held():
+            return
+        if self._parts or not self._greeted:
+            self._violated("it ended in the middle of a frame")
+            return
+        self._told_end = True
+        self._on_end()
+
+    def _tell_close(self) -> None:
+        told, self._on_close = self._on_close, None
+        if told is not None:
+            self._loop.call_soon(told, self._failed)  # never inside a call of the one who is told
+
+
+def _nothing() -> None:
+    """Until somebody listens."""
