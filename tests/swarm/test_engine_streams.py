@@ -161,6 +161,27 @@ async def test_pausing_stops_messages_between_two_of_one_batch(ends):
     assert got == [b"\0", b"\1", b"\2", b"end", b"None"]
 
 
+async def test_an_end_that_comes_just_as_one_resumes_is_told_after_what_waits(ends):
+    one, other = ends[0].secured(OTHER, initiator=True), ends[1].secured(ONE, initiator=False)
+    got: list[bytes] = []
+
+    def take(message: memoryview) -> None:
+        got.append(bytes(message))
+        if len(got) == 1:
+            other.pause()
+
+    other.start(take, lambda: got.append(b"end"), lambda error: got.append(repr(error).encode()))
+    one.send(b"first")
+    one.send(b"second")
+    other.end()
+    await until(lambda: got)
+    other.resume()
+    other.ended()
+    other.carrier_closed(None)
+    await until(lambda: len(got) == 4)
+    assert got == [b"first", b"second", b"end", b"None"]
+
+
 @pytest.mark.parametrize(
     ("first", "said"),
     [

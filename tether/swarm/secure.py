@@ -99,7 +99,8 @@ class SecureStream:
         self._nbytes = 0
         self._needed = _LENGTH
         self._greeted = False
-        self._paused = False
+        self._wanted = True
+        self._taking = False  # from the turn after somebody takes messages on: until then what waits goes first, and an end after it
         self._ended = self._peer_ended = self._told_end = False
         self._full = False
         self._drained: asyncio.Future[None] | None = None
@@ -183,14 +184,14 @@ class SecureStream:
 
     def pause(self) -> None:
         """Deliver nothing for now: the peer is slowed down once what it may send has come."""
-        self._paused = True
+        self._wanted = self._taking = False
         if self._greeted and not self._gone:
             self._carrier.pause()
 
     def resume(self) -> None:
         """Deliver again, from the loop's next turn on."""
-        if self._paused:
-            self._paused = False
+        if not self._wanted:
+            self._wanted = True
             self._loop.call_soon(self._catch_up)
 
     def end(self) -> None:
@@ -253,7 +254,7 @@ class SecureStream:
 
     def _held(self) -> bool:
         """Whether what comes is kept: nobody takes messages now. The header is read in any case."""
-        return self._greeted and (self._paused or self._on_message is None)
+        return self._greeted and not self._taking
 
     def _keep(self, rest: bytes) -> None:
         if rest:
@@ -262,6 +263,7 @@ class SecureStream:
             self._needed = _LENGTH if len(rest) < _LENGTH else _LENGTH + int.from_bytes(rest[:_LENGTH], "little")
 
     def _catch_up(self) -> None:
+        self._taking = self._wanted and self._on_message is not None
         if not self._held() and not self._closed:
             if not self._gone:
                 self._carrier.resume()
