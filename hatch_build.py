@@ -85,6 +85,7 @@ def is_current(root: Path) -> bool:
 
 def build(root: Path) -> None:
     """Fetch the packages and write the bundle, whole or not at all. The folder of packages is gone afterwards."""
+    headline = _headline(root)  # of what is copied below: what changes from here on makes the bundle old
     with tempfile.TemporaryDirectory(prefix="tether-bundle-") as scratch:
         work = Path(scratch) / "js"
         shutil.copytree(root / SOURCES, work, ignore=shutil.ignore_patterns("node_modules", BUNDLE.name, "README.md"))
@@ -94,7 +95,7 @@ def build(root: Path) -> None:
         licences = _licences(work, json.loads((work / "meta.json").read_bytes())["inputs"])
         text = (work / "bundled.js").read_text(encoding="utf-8")
     _write(root / LICENCES, licences)
-    _write(root / BUNDLE, _headline(root) + text)
+    _write(root / BUNDLE, headline + text)
 
 
 def _write(path: Path, text: str) -> None:

@@ -541,7 +541,7 @@ class MalformedFeedError(RemoteError, ValueError):
 
 
 class FeedRefusedError(RemoteError):
-    """A publisher's feed contradicts what was seen of it before. `args[1]`: how (`forked`, `rolled-back`, `truncated`)."""
+    """A publisher's feed contradicts what was seen of it before. `args[1]`: how (`forked`, `truncated`)."""
 
     code = "feed_refused"
 

@@ -31,6 +31,9 @@ def test_each_kind_of_what_nobody_has_is_said_with_what_to_do():
     assert len(nothing_given) == 3
     assert given[0].startswith("a of model.onnx is not in what was given: give the files as they were published")
     assert not any("--from" in line for line in given)
+    (written,) = advice("digits", ("e",), {"e": "keys/weights/zarr.json"}, given=False)
+    assert written.startswith("e of keys/weights/zarr.json is in no file")
+    assert "--from" not in written
 
 
 @pytest.fixture

@@ -127,6 +127,17 @@ def test_what_aliases_point_at_is_fetched_first(publisher):
     assert order[2:] == [digests[1]]
 
 
+def test_nothing_that_a_catalog_takes_keeps_followers_from_following(following, publisher, follower):
+    publish(publisher, 1, alias=["stats"])
+    publish(publisher, 2, tags={str(number): "x" for number in range(100)})
+    publish(publisher, 3, tags={"notes": "x" * 20_000})
+    publish(publisher, 4, tags={"notes": "short"})
+    following.update()
+    (model,) = follower.models()
+    assert model.aliases == {"stats": 1, "latest": 4}
+    assert [version.tags for version in model.versions] == [{}, {}, {}, {"notes": "short"}]
+
+
 def test_only_the_publishers_own_models_are_in_its_feed(following, publisher, follower):
     publish(publisher, 1)
     following.update()

@@ -78,6 +78,33 @@ def test_the_first_wrong_blob_is_the_last():
     assert sources.next(range(3), [BLOB] * 3, 1.0) == []
 
 
+def test_what_a_peer_has_is_the_downloads_own_and_no_callers_array():
+    bits, sources = np.array([True, False, False]), Sources(3, ME, "v")
+    for name in ("a", "b"):
+        sources.joined(name, bits, 0.0)
+    sources.gained("a", [1], 0.0)
+    bits[2] = True
+    assert list(sources._available) == [2, 1, 0]
+    assert list(bits) == [True, False, True]
+    sources.left("a")
+    sources.left("b")
+    assert list(sources._available) == [0, 0, 0]
+
+
+def test_of_thousands_of_blobs_those_that_are_others_to_ask_for_are_not_gone_through_each_time(monkeypatch):
+    count, tried = 5000, []
+    sources = Sources(count, ME, "v")
+    sources.joined("origin", everything(count), 0.0, is_origin=True)
+    for number in range(8):
+        sources.joined(f"p{number}", [False] * count, 0.0)
+    sizes, ask = [BLOB] * count, sources.ask
+    monkeypatch.setattr(sources, "ask", lambda *blob: tried.append(blob) or ask(*blob))
+    asked = [asking.index for asking in sources.next(range(count), sizes, 0.0)]
+    sources.arrived("origin", asked[0], 0.1)
+    sources.next([index for index in range(count) if index not in asked], sizes, 0.1)
+    assert 0 < len(tried) < 50
+
+
 def test_a_peer_that_claims_what_it_lacks_is_not_asked_for_it_again():
     sources = Sources(1, ME, "v")
     sources.joined("a", [True], 0.0)

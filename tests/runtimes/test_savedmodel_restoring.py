@@ -42,7 +42,7 @@ def theirs(monkeypatch):
     return left
 
 
-def held(folder, values, **more):
+def held(folder, values, options=None, **more):
     """Publishes variables as the answers of a model without inputs but one that it ignores."""
     import tensorflow as tf
 
@@ -56,7 +56,7 @@ def held(folder, values, **more):
     module.serve = tf.function(serve, input_signature=[tf.TensorSpec([None], tf.float32, name="x")], autograph=False)
     for name, value in more.items():
         setattr(module, name, value)
-    tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve}, options=options)
     return folder
 
 
@@ -317,6 +317,35 @@ def test_nothing_is_read_before_it_came(tmp_path, order):
     assert_same(answers(there, info, X, arrivals=arrivals), wanted)
 
 
+class OnlyOnDemand(Arrivals):
+    """Files that hold zeros where nobody waited for their bytes."""
+
+    def __init__(self, whole, coming):
+        super().__init__()
+        self._whole_folder, self._coming = whole, coming
+        for path in [path for path in whole.rglob("*") if path.is_file()]:
+            zeros = coming / path.relative_to(whole)
+            zeros.parent.mkdir(parents=True, exist_ok=True)
+            zeros.write_bytes(bytes(path.stat().st_size))
+        self.begun(coming)
+
+    def wait(self, file, nbytes):
+        with (self._coming / file).open("r+b") as opened:
+            opened.write((self._whole_folder / file).read_bytes()[:nbytes])
+        self.grew(file, nbytes)
+
+
+@pytest.mark.usefixtures("ours")
+def test_all_that_is_read_was_waited_for_also_what_few_models_have(tmp_path):
+    import tensorflow as tf
+
+    values = [tf.Variable(tf.range(400_000.0)), tf.Variable(3.0)]
+    folder = held(tmp_path / "saved", values, tf.saved_model.SaveOptions(save_debug_info=True))
+    assert (folder / "debug/saved_model_debug_info.pb").stat().st_size
+    arrivals = OnlyOnDemand(folder, tmp_path / "coming")
+    assert_same(answers(tmp_path / "there", info_of(folder), X, arrivals=arrivals), as_tensorflow_has_it(folder, X))
+
+
 @pytest.mark.usefixtures("ours")
 def test_the_graph_is_built_and_weights_are_read_while_the_last_bytes_are_still_to_come(tmp_path, monkeypatch):
     import tensorflow as tf
@@ -375,6 +404,31 @@ def test_a_folder_that_is_thrown_away_for_one_of_before_is_loaded_from_there(tmp
     given = {"x": np.ones((1, 4), np.float32)}
     assert_same(answers(folder, info, given, arrivals=arrivals), as_tensorflow_has_it(folder, given))
     timer.join()
+
+
+@pytest.mark.parametrize("step", ["check", "bundle", "load"])
+def test_it_may_be_thrown_away_at_any_moment(tmp_path, monkeypatch, step):
+    import tensorflow as tf
+
+    folder = models.savedmodel_rows(tmp_path / "there", 10_000)
+    info, given = info_of(folder), {"x": np.ones((1, 4), np.float32)}
+    wanted = as_tensorflow_has_it(folder, given)
+    shutil.copytree(folder, tmp_path / "coming")
+    module = tf.saved_model if step == "load" else savedmodel
+    work = getattr(module, step)
+    arrivals = Arrivals()
+    arrivals.begun(tmp_path / "coming")
+    for name in ("saved_model.pb", "fingerprint.pb", "variables/variables.index"):
+        arrivals.grew(name, (folder / name).stat().st_size)
+
+    def replaced(*arguments, **more):
+        if (tmp_path / "coming").exists():
+            shutil.rmtree(tmp_path / "coming")
+            arrivals.finish()
+        return work(*arguments, **more)
+
+    monkeypatch.setattr(module, step, replaced)
+    assert_same(answers(folder, info, given, arrivals=arrivals), wanted)
 
 
 def test_the_bundle_says_where_each_key_lies_and_what_the_objects_are(tmp_path):

@@ -5,7 +5,8 @@ import pytest
 import runtime_models as models
 
 from tether.errors import BadInputError, BadModelError
-from tether.runtimes import inspect, load
+from tether.runtimes import inspect, load, load_arriving
+from tether.runtimes.arrivals import Arrivals
 from tether.runtimes.inspecting import inspect_model
 from tether.runtimes.signatures import Signature
 from tether.testing.requirements import needs
@@ -129,6 +130,23 @@ def test_torchscript_takes_its_names_from_forward_and_its_shapes_from_the_exampl
     assert [(spec["name"], tuple(spec["shape"])) for spec in info["inputs"]] == [("left", (-1, 3)), ("right", (-1, 3))]
     assert [(spec["name"], tuple(spec["shape"])) for spec in info["outputs"]] == [("output_0", (-1, 3)), ("output_1", (-1,))]
     assert info["batched"] is True
+
+
+@pytest.mark.parametrize("form", ["pt2", "torchscript"])
+def test_while_a_file_comes_that_is_imported_which_it_needs_and_no_more(tmp_path, form, monkeypatch):
+    import torch
+
+    path = getattr(models, f"save_{form}")(tmp_path, *models.torch_rows())
+    info = inspect(path, hints=Signature((TensorSpec("x", "FP32", (-1, 4)),)))
+    path.rename(tmp_path / "hidden")
+    exported, export = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *given, **more: exported.append(given) or export(*given, **more))
+    arrivals = Arrivals()
+    monkeypatch.setattr(arrivals, "wait_whole", lambda: (tmp_path / "hidden").rename(path))
+    model = load_arriving(path, info, 1, arrivals)
+    assert model.run({info.inputs[0].name: np.ones((2, 4), np.float32)})
+    assert bool(exported) is (form == "pt2")
+    model.close()
 
 
 def test_torchscript_without_an_example_asks_for_one(tmp_path):

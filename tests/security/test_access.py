@@ -158,6 +158,27 @@ def test_bans_of_keys_that_cost_nothing_do_not_fill_the_disk(access, monkeypatch
     assert len(reopened(access).peers()) == 6
 
 
+def test_a_ban_holds_where_nothing_can_be_written_and_an_older_one_has_to_make_room(access, monkeypatch):
+    monkeypatch.setattr("tether.security.access._MAX_BANNED", 1)
+    access.ban(EVE, "lied")
+    access.allow(ALICE, scopes("infer"))
+    access.file.close()
+    with pytest.raises(StoreError, match="holds, but is forgotten"):
+        access.ban(ALICE, "lied")
+    assert access.is_banned(ALICE)
+    assert access.is_banned(EVE)
+
+
+def test_whom_people_sent_away_is_not_forgotten_among_bans(access, monkeypatch):
+    monkeypatch.setattr("tether.security.access._MAX_BANNED", 2)
+    access.allow(ALICE, scopes("infer"))
+    access.revoke(ALICE)
+    access.ban(ALICE, "lied")
+    for number in range(5):
+        access.ban(f"{number:064x}", "lied")
+    assert reopened(access).row(ALICE).revoked is not None
+
+
 def test_every_change_leaves_a_line_in_its_own_transaction(access):
     access.allow(ALICE, scopes("infer:a", "models"))
     access.disallow(ALICE, scopes("models"))
@@ -224,6 +245,17 @@ def test_a_manager_that_follows_says_the_same_and_cuts_what_the_writer_took(acce
     follower.mirror(access.file.state())
     assert told == [ALICE]
     assert reopened(follower).peers() == access.peers()
+
+
+def test_a_manager_that_follows_cuts_also_a_banned_key_that_was_allowed_nothing(access, tmp_path):
+    follower = Access(AccessFile.open(tmp_path / "other.sqlite"))
+    told = []
+    follower.listen(told.append)
+    access.ban(EVE, "lied")
+    for _ in range(2):
+        follower.mirror(access.file.state())
+    assert told == [EVE]
+    follower.file.close()
 
 
 def test_the_file_is_this_users_alone(access):

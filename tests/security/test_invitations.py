@@ -157,6 +157,66 @@ def test_a_key_that_was_sent_away_does_not_come_back_by_an_old_invitation_but_by
     assert lab.access.may(ALICE, "infer", "digits")
 
 
+def test_a_clock_that_went_back_brings_nobody_back_who_was_sent_away(lab):
+    old = lab.invitations.invite(INFER, uses=5)
+    lab.invitations.enrol(old.text, ALICE)
+    lab.clock.now -= 3600
+    lab.restart()
+
+    lab.access.revoke(ALICE)
+
+    assert "taken back" in str(lab.refusal(old.text, ALICE))
+    assert not lab.access.may(ALICE, "infer", "digits")
+    lab.invitations.enrol(lab.invitations.invite(INFER).text, ALICE)
+    assert lab.access.may(ALICE, "infer", "digits")
+    lab.access.revoke(ALICE)
+    for invitation in lab.access.file.invitations():
+        assert invitation.created <= lab.access.row(ALICE).revoked
+
+
+def test_a_new_invitation_is_new_also_where_the_clock_was_wrong_when_the_key_was_sent_away(lab):
+    lab.access.allow(ALICE, INFER)
+    lab.clock.now += 3600
+    lab.access.revoke(ALICE)
+    lab.clock.now -= 3600
+    lab.invitations.enrol(lab.invitations.invite(INFER).text, ALICE)
+    assert lab.access.may(ALICE, "infer", "digits")
+
+
+class Announced:
+    """A lock that tells who comes to it before it lets them wait."""
+
+    def __init__(self, lock):
+        self.lock, self.came = lock, threading.Event()
+
+    def __enter__(self):
+        self.came.set()
+        return self.lock.__enter__()
+
+    def __exit__(self, *error):
+        return self.lock.__exit__(*error)
+
+
+def test_a_key_that_is_banned_while_it_waits_to_be_let_in_is_not(lab):
+    secret, lock, errors = lab.invitations.invite(INFER), lab.access.file.lock, []
+
+    def come():
+        try:
+            lab.invitations.enrol(secret.text, EVE)
+        except ForbiddenError as error:
+            errors.append(error)
+
+    lab.access.file.lock = Announced(lock)
+    thread = threading.Thread(target=come)
+    with lock:
+        thread.start()
+        assert lab.access.file.lock.came.wait(30)
+        lab.access.ban(EVE, "lied")
+    thread.join()
+    assert len(errors) == 1
+    assert lab.invitations.list()[0].peers == ()
+
+
 @pytest.mark.parametrize("key", ["", "00" * 32, "01" + "00" * 31, ALICE.upper(), str(Address(ALICE))])
 def test_what_no_handshake_proves_is_let_in_by_nothing(lab, key):
     secret = lab.invitations.invite(INFER)

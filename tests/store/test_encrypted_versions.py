@@ -16,6 +16,7 @@ from tether.security.volatile import SETTING
 from tether.store import Repository, VersionStore
 from tether.store.format.diff import diff
 from tether.store.format.encrypted import ModelContext
+from tether.store.format.layout import Piece
 from tether.store.hierarchy.elsewhere import kvstore
 from tether.store.replicas.replicated import Replicated
 from tether.store.sealing import Sealing
@@ -55,6 +56,16 @@ def digest(repository):
 
 def array_of(repository, digest, path):
     return next(array for array in repository.manifest(digest).arrays if array.path == path)
+
+
+def test_what_a_file_is_sealed_with_is_written_down_many_at_a_time(repository, tmp_path):
+    (tmp_path / "m").write_bytes(seeded("m").randbytes(6 << 20))
+    intake = Sealing(repository, LAB.public, lambda: 0.0).intake("digits")
+    before = repository.change_count()
+    intake.add_file(tmp_path / "m", "m", [Piece(start, 1 << 19) for start in range(0, 6 << 20, 1 << 19)])
+    assert repository.change_count() == before
+    intake.settle()
+    assert repository.change_count() == before + 1
 
 
 def test_its_manifest_and_arrays_are_read_like_those_of_a_plain_one(repository, digest):

@@ -2,13 +2,16 @@
 
 import fcntl
 import os
+from contextlib import ExitStack
 
 import pytest
-from collecting import Clock, opened
+from collecting import DAY, Clock, content, files_of_version, opened, publish_files
 from store_models import publish, seeded
 
 from tether.errors import ConflictError, LockLostError, StoreError
 from tether.store import BLOB_NBYTES, digest_of
+from tether.store.collecting.collector import Collector
+from tether.store.index.catalog import Catalog
 from tether.store.packing.writer_lock import WriterLock
 
 
@@ -93,6 +96,76 @@ def test_a_lock_that_is_lost_while_a_large_file_is_added_stops_the_adding(root, 
             first.add_files(tmp_path / "model")
 
 
+def at_once(monkeypatch, before, name, deed):
+    """Let a first call of `before.name` find that `deed` was done just before."""
+    original, done = getattr(before, name), []
+
+    def late(*arguments, **options):
+        if not done:
+            done.append(True)
+            deed()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(before, name, late)
+
+
+def test_a_collection_that_lost_its_lock_deletes_no_manifest_that_the_next_writer_is_about_to_name(root, monkeypatch):
+    clock, files = Clock(), {"a": content("a")}
+    with opened(root, clock) as first, ExitStack() as stack:
+        publish_files(first, files)
+        publish_files(first, {"b": content("b")})
+        first.delete_version("digits", 1)
+        clock.advance(2 * DAY)
+        marked, collector, published = first._collector.mark(DAY), first._collector, []
+        assert marked.plan.manifests
+        deleting = collector._delete_manifests
+
+        def late():
+            with pytest.raises(LockLostError):
+                deleting(marked)
+
+        def in_between(_):
+            (root / "writer.lock").unlink()
+            second = stack.enter_context(opened(root, clock))
+            at_once(monkeypatch, second._catalog, "add_version", late)  # when the manifest is written, and not yet a version's
+            published.append((second, publish_files(second, files).version))
+            return deleting(marked)
+
+        monkeypatch.setattr(collector, "_delete_manifests", in_between)
+        with pytest.raises(LockLostError):
+            collector.sweep(marked)
+        ((second, version),) = published
+        assert files_of_version(second, "digits", version) == files
+        assert second.verify().problems == ()
+
+
+def test_a_rewrite_that_lost_its_lock_deletes_no_pack_that_the_next_writer_is_about_to_enter(root, monkeypatch):
+    clock, kept, gone = Clock(), {"a": content("a")}, {"b": content("b", 50_000)}
+    with opened(root, clock) as first, ExitStack() as stack:
+        publish_files(first, kept | gone)
+        publish_files(first, kept)
+        first.delete_version("digits", 1)
+        clock.advance(2 * DAY)
+        withdraw, others = Collector._withdraw, []
+
+        def in_between(collector, copy):
+            def late():
+                with pytest.raises(LockLostError):
+                    withdraw(collector, copy)
+
+            at_once(monkeypatch, Catalog, "add_packs", late)
+            others.append(stack.enter_context(opened(root, clock)))
+            return withdraw(collector, copy)
+
+        monkeypatch.setattr(Collector, "_withdraw", in_between)
+        at_once(monkeypatch, first._collector, "_commit_copy", (root / "writer.lock").unlink)
+        with pytest.raises(LockLostError):
+            first.gc()
+        (second,) = others
+        assert files_of_version(second, "digits", 2) == kept
+        assert second.verify().problems == ()
+
+
 def test_of_two_who_open_while_the_file_is_replaced_one_gets_it(root, monkeypatch):
     root.mkdir()
     flock, seen = fcntl.flock, []
@@ -115,6 +188,16 @@ def test_of_two_who_open_while_the_file_is_replaced_one_gets_it(root, monkeypatc
     monkeypatch.setattr(fcntl, "flock", lambda file, how: (replace(root / "writer.lock"), flock(file, how)))
     with pytest.raises(ConflictError, match="again and again"):
         WriterLock.take(root / "writer.lock")
+
+
+def test_who_could_not_look_at_its_new_lock_gives_it_up(root, monkeypatch):
+    root.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(OSError, match="Input/output error") as kept:  # and with it all that it held
+            WriterLock.take(root / "writer.lock")
+    WriterLock.take(root / "writer.lock").release()
+    assert kept.value.errno == 5
 
 
 def test_a_store_that_was_moved_away_is_written_no_more_and_whole_where_it_is(root):

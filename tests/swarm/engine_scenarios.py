@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ from typing import Any
 import structlog
 
 from tether.errors import TetherError
+from tether.swarm import engine as engine_module
 from tether.swarm.engine import Engine, EngineSettings
 from tether.swarm.hyperbee import Hyperbee, serve
 from tether.swarm.secure import SecureStream, StreamLimits
@@ -395,6 +397,88 @@ async def torn_feed(bootstrap: list, folder: str) -> list:
         return [length, (await bee.head()).length, await bee.get("a")]
 
 
+async def large_answer(bootstrap: list, folder: str) -> list:
+    """More than crosses at once: said, and the feed goes on."""
+    async with engine(143, bootstrap) as node:
+        bee = await Hyperbee.open(node, Path(folder), seed=bytes([45]) * 32)
+        for name in "ab":
+            await bee.put([(name, "x" * (9 << 20))])
+        refused = await failure(asyncio.wait_for(bee.range("a", "c"), SECONDS))
+        one = await bee.get("a")
+        await bee.close()
+        return [refused, len(one or "")]
+
+
+async def hostile_neighbours() -> list:
+    """A node that names neighbours which can't be: who asks it goes on without them."""
+
+    class Hostile(asyncio.DatagramProtocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+
+        def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
+            if data[0] != REQUEST:
+                return
+            asker = socket.inet_aton(address[0]) + address[1].to_bytes(2, "little")
+            nowhere = socket.inet_aton("127.0.0.1") + bytes(2)
+            self.transport.sendto(bytes([RESPONSE, WITH_NEIGHBOURS]) + data[2:4] + asker + bytes([1]) + nowhere, address)
+
+    REQUEST, RESPONSE, WITH_NEIGHBOURS = 0x03, 0x13, 4  # noqa: N806 (dht-rpc's)
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(Hostile, local_addr=("127.0.0.1", 0))
+    node = await Engine.start(bytes([144]) * 32, EngineSettings(bootstrap=[transport.get_extra_info("sockname")]))
+    try:
+        return [peer.public_key.hex() for peer in await asyncio.wait_for(node.lookup(bytes(32)), 2 * SECONDS)]
+    finally:
+        await node.close()
+        transport.close()
+
+
+async def no_such_names() -> int:
+    """Names that no resolver takes: as those that nobody has."""
+    settings = EngineSettings(bootstrap=[("no..such.host", 49737), ("x" * 64 + ".invalid", 49737)])
+    node = await Engine.start(bytes([145]) * 32, settings)
+    try:
+        await asyncio.wait_for(node.ready(), SECONDS)
+        return (await node.status()).known
+    finally:
+        await node.close()
+
+
+async def impatient() -> list:
+    """A network that does not answer goodbyes: the sockets are closed without them, and who waits for something hears of it."""
+    engine_module._GOODBYE = 0.2
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        async with engine(146, []) as other:  # so that the loop goes on
+            node = await Engine.start(bytes([147]) * 32, EngineSettings(bootstrap=[silent.getsockname()]))
+            local = (await node.status()).local
+            listening = asyncio.create_task(failure(node.listen(ignore)))
+            await asyncio.sleep(0.05)
+            await node.close()
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
+                again.bind(("127.0.0.1", local[1]))
+            await asyncio.wait_for(listening, SECONDS)
+            return [(await other.status()).known]
+
+
+async def one_ends_as_another_begins(turns: int) -> list[bool]:
+    """The last node is closed while the next one starts, some turns of the loop later."""
+    node = await Engine.start(bytes([148]) * 32, EngineSettings(bootstrap=()))
+    alive = []
+    for number in range(turns):
+
+        async def start(number: int = number) -> Engine:
+            for _ in range(number):
+                await asyncio.sleep(0)
+            return await Engine.start(bytes([149 + number]) * 32, EngineSettings(bootstrap=()))
+
+        _, node = await asyncio.gather(node.close(), start())
+        await asyncio.wait_for(node.ready(), SECONDS)
+        alive.append((await node.status()).local is not None)
+    await node.close()
+    return alive
+
+
 def other_thread() -> list[str]:
     """Nothing of the engine but on the main thread."""
     return _in_thread(lambda: asyncio.run(Engine.start(bytes(32), EngineSettings(bootstrap=()))))
@@ -469,9 +553,7 @@ def imported_before() -> list[str]:
 
 
 def no_bundle() -> list[str]:
-    from tether.swarm import engine as module
-
-    module._BUNDLE = module._BUNDLE.with_name("no-such-bundle.js")
+    engine_module._BUNDLE = engine_module._BUNDLE.with_name("no-such-bundle.js")
     try:
         asyncio.run(_start_and_close(134))
     except TetherError as error:

@@ -198,6 +198,25 @@ class TestGiving:
         assert [(entry["event"], entry["digest"]) for entry in logs] == [("a blob could not be given", "f" * 64)]
         assert await pair.taker.blob(digest_of(blob(2))) == blob(2)
 
+    async def test_a_refusal_that_is_no_text_is_told_all_the_same(self, pair, shelf):
+        async def authorise(*_):
+            raise ForbiddenError("not \udcff")
+
+        shelf.authorise = authorise
+        with pytest.raises(ForbiddenError, match=r"not \?"):
+            await asyncio.wait_for(pair.taker.blob("0" * 64), PATIENCE)
+
+    async def test_a_peer_that_takes_slowly_but_steadily_is_not_cut(self, shelf):
+        pair = Pair(shelf, giving=GivingLimits(patience=0.3))
+        pair.far.nbytes_per_second = PIECE_NBYTES / 0.12
+        data = [blob(number, MIB) for number in range(200, 204)]
+        shelf.blobs |= {digest_of(each): each for each in data}
+        calls = [asyncio.create_task(pair.taker.blob(digest_of(each))) for each in data]
+        await until(lambda: pair.taker.got_nbytes >= 8 * PIECE_NBYTES or pair.giver.is_closed)
+        assert pair.giver.error is None
+        pair.close()
+        await asyncio.gather(*calls, return_exceptions=True)
+
     async def test_a_call_taken_back_stops_the_reading_or_the_sending(self, pair, shelf):
         shelf.open.clear()
         calls = [asyncio.create_task(pair.taker.blob(digest)) for digest in list(shelf.blobs)[:8]]
@@ -229,8 +248,28 @@ class TestGiving:
         for pair in pairs:
             pair.close()
 
+    async def test_who_asks_and_takes_back_uses_up_nothing_of_what_all_share(self, shelf):
+        uplink, loop = TokenBucket(1e6, 100_000), asyncio.get_running_loop()
+        pair = Pair(shelf, uplink=uplink)
+        for _ in range(50):
+            calls = [asyncio.create_task(pair.taker.blob(digest_of(blob(number, 4 * MIB)))) for number in (98, 99)]
+            before = uplink._paid_until
+            await until(lambda before=before: uplink._paid_until > before)
+            for call in calls:
+                call.cancel()
+            await until(lambda pair=pair: not pair.taker._asking and not pair.giver._giving)
+        assert uplink.take(0, loop.time()) < 0.5
+        pair.close()
+
     async def test_a_peer_that_gives_nothing_has_nothing(self, pair):
         assert await pair.giver.blob(digest_of(blob(1))) is None
+
+    async def test_a_digest_that_is_none_costs_no_room(self, shelf):
+        pair = Pair(shelf, asking=AskingLimits(in_flight=1))
+        with pytest.raises(ValueError, match="hexadecimal"):
+            await pair.taker.blob("nonsense")
+        assert await asyncio.wait_for(pair.taker.blob(digest_of(blob(1))), PATIENCE) == blob(1)
+        pair.close()
 
     async def test_those_who_follow_a_version_hear_what_came(self, pair, shelf):
         shelf.bitmaps["a" * 64] = b"\x05"
@@ -551,6 +590,12 @@ class TestBandwidth:
                 nbytes = sum(each for _, each in gone[start : end + 1])
                 largest = gone[start][1]
                 assert nbytes <= largest + 500 + 1000 * (gone[end][0] - gone[start][0]) + 1e-3
+
+    def test_what_did_not_go_is_not_waited_for(self):
+        bucket = TokenBucket(1000, 500)
+        assert bucket.take(2500, 10.0) == pytest.approx(2)
+        bucket.give_back(2000)
+        assert bucket.take(250, 10.0) == pytest.approx(0.25)
 
     def test_no_cap_never_waits_and_a_cap_can_change(self):
         bucket = TokenBucket()

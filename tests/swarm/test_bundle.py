@@ -128,6 +128,17 @@ def test_the_bundle_is_the_same_each_time_it_is_made(checkout, hook):
     assert {path.name for path in (checkout / JS).iterdir()} == {path.name for path in (ROOT / JS).iterdir()} - {"node_modules"}
 
 
+def test_a_source_that_changes_while_it_is_bundled_makes_the_bundle_old(checkout, hook, monkeypatch):
+    def npm_or_esbuild(_command, work):
+        (work / "meta.json").write_text('{"inputs": {}}')
+        (work / "bundled.js").write_text("made of what was there before")
+        (checkout / JS / "entry.js").write_text("// saved meanwhile")
+
+    monkeypatch.setattr(hook, "_run", npm_or_esbuild)
+    hook.build(checkout)
+    assert not hook.is_current(checkout)
+
+
 def test_the_bundle_asks_for_nothing_of_node_and_has_no_promise_but_ours(checkout):
     text = (checkout / JS / "bundle.js").read_text()
     assert "Dynamic require of" not in text

@@ -73,6 +73,22 @@ def test_many_streams_at_once(testnet: Testnet):
     assert run_scenario("many", bootstrap=testnet.bootstrap, count=50) == {"equal": True, "left": 0}
 
 
+def test_a_node_whose_goodbyes_nobody_answers_gives_its_port_back():
+    assert run_scenario("impatient") == [0]
+
+
+def test_a_node_may_begin_while_the_last_one_ends():
+    assert run_scenario("one_ends_as_another_begins", turns=5) == [True] * 5
+
+
+def test_a_node_that_names_impossible_neighbours_stops_no_lookup():
+    assert run_scenario("hostile_neighbours") == []
+
+
+def test_names_that_no_resolver_takes_are_names_that_nobody_has():
+    assert run_scenario("no_such_names") == 0
+
+
 @pytest.mark.parametrize("scenario", ["other_thread", "second_thread"])
 def test_only_the_main_thread_may_use_it(scenario):
     assert run_scenario(scenario)[0] == "EngineMisusedError"

@@ -28,6 +28,13 @@ def test_a_feed_is_followed_and_read_by_node(testnet: Testnet, tmp_path):
     assert seen["files"] == ["bitfield", "data", "oplog", "tree"]
 
 
+def test_an_answer_that_is_larger_than_what_crosses_is_said(testnet: Testnet, tmp_path):
+    refused, one = run_scenario("large_answer", bootstrap=testnet.bootstrap, folder=str(tmp_path))
+    assert refused[0] == "EngineError"
+    assert "ask for less" in refused[1]
+    assert one == 9 << 20
+
+
 def test_a_feed_whose_log_lost_its_end_opens_shorter(testnet: Testnet, tmp_path):
     length, after, kept = run_scenario("torn_feed", bootstrap=testnet.bootstrap, folder=str(tmp_path))
     assert after == length - 1

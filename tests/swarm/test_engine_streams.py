@@ -63,6 +63,15 @@ async def ends():
     udx.close()
 
 
+@pytest.fixture
+async def failures():
+    """What callbacks of the loop raised."""
+    loop, raised = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: raised.append(context["exception"]))
+    yield raised
+    loop.set_exception_handler(None)
+
+
 class Heard:
     """What a stream delivered."""
 
@@ -180,6 +189,44 @@ async def test_an_end_that_comes_just_as_one_resumes_is_told_after_what_waits(en
     other.carrier_closed(None)
     await until(lambda: len(got) == 4)
     assert got == [b"first", b"second", b"end", b"None"]
+
+
+async def test_a_pause_longer_than_the_idle_limit_is_no_silence_of_the_peer(ends):
+    limits = StreamLimits(idle=0.2, keepalive=0.05)
+    one, other = ends[0].secured(OTHER, initiator=True), ends[1].secured(ONE, initiator=False, limits=limits)
+    heard = Heard(other)
+    one.send(b"before")
+    assert await heard.next() == b"before"
+    other.pause()
+    one.send(b"meanwhile")
+    await asyncio.sleep(2 * limits.idle)
+    other.resume()
+    asyncio.get_running_loop().call_soon(other._look)  # just before what waits in the carrier comes
+    assert await heard.next() == b"meanwhile"
+
+
+async def test_who_fails_on_what_waited_loses_the_stream_and_the_peer_is_not_blamed(ends, failures):
+    one, other = ends[0].secured(OTHER, initiator=True), ends[1].secured(ONE, initiator=False)
+    one.send(b"first")
+    one.send(b"second")
+    await until(lambda: other._parts)
+    closed = asyncio.get_running_loop().create_future()
+    other.start(lambda _: 1 / 0, lambda: None, closed.set_result)
+    error = await asyncio.wait_for(closed, SECONDS)
+    assert isinstance(error, StreamLostError)
+    assert error.args[1] == "ECANCELED"
+    assert [type(failure) for failure in failures] == [ZeroDivisionError]
+
+
+async def test_who_fails_on_an_end_that_waited_is_told_of_the_close_all_the_same(ends, failures):
+    one, other = ends[0].secured(OTHER, initiator=True), ends[1].secured(ONE, initiator=False)
+    other.end()
+    one.end()
+    await asyncio.wait_for(ends[1].code, SECONDS)
+    closed = asyncio.get_running_loop().create_future()
+    other.start(lambda _: None, lambda: 1 / 0, closed.set_result)
+    await asyncio.wait_for(closed, SECONDS)
+    assert len(failures) == 1
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,9 @@ class TestLimits:
     def test_a_frame_of_more_messages_than_allowed(self):
         self.broken(b"\x00\x00\x05" + b"\x01\x00" * 11)
 
+    def test_a_frame_that_names_more_channels_than_that(self):
+        self.broken(b"\x00\x00\x05" + b"\x00\x05" * 11)
+
     def test_messages_that_are_cut_short_or_have_no_type(self):
         self.broken(b"\x00\x00\x05\x09\x00")
         self.broken(b"\x05")

@@ -362,6 +362,43 @@ def test_ten_thousand_fake_peers_leave_room_for_friends_and_a_fair_sample(monkey
     assert book.offer(sign(other(5), FULL, 2, NOW), now) is Verdict.UPDATED
 
 
+def test_a_friends_name_under_another_key_costs_the_friend_none_of_its_checks():
+    book = PeerBook(SALT, is_known={LAB.public}.__contains__)
+    forged = sign(LAB, FULL, 1, NOW)[:-1] + b"\0"
+    for number in range(1000):
+        assert book.offer(forged, NOW, other(number % 10).public) is Verdict.MALFORMED
+    assert book.offer(sign(LAB, FULL, 1, NOW), NOW, LAB.public) is Verdict.NEW
+
+
+def test_whom_the_user_knows_is_pushed_out_by_nobody_however_many_prove_what_they_say(monkeypatch):
+    monkeypatch.setattr(records, "verify", lambda *_: None)
+    monkeypatch.setattr(records, "is_sound", lambda _: True)
+    known = {other(number).public for number in range(60)}
+    book, now = PeerBook(SALT, is_known=known.__contains__), NOW
+    for data in fakes(MOST):
+        now += 0.02
+        assert book.offer(data, now) is Verdict.NEW
+        book.proved(data[64 + 4 : 64 + 36].hex())
+    for number in range(60):
+        assert book.offer(sign(other(number), FULL, 1, NOW), now) is Verdict.NEW
+    assert known <= {record.peer for record in book.peers(now)}
+
+
+def test_a_stranger_that_the_user_gets_to_know_is_pushed_out_no_more(monkeypatch):
+    monkeypatch.setattr(records, "verify", lambda *_: None)
+    monkeypatch.setattr(records, "is_sound", lambda _: True)
+    known = set()
+    book, now = PeerBook(SALT, is_known=known.__contains__), NOW
+    met = {other(number).public for number in range(20)}
+    for number in range(20):
+        book.offer(sign(other(number), FULL, 1, NOW), now)
+    known |= met
+    for data in fakes(2 * MOST):
+        now += 0.02
+        book.offer(data, now)
+    assert met <= {record.peer for record in book.peers(now)}
+
+
 @pytest.mark.parametrize("beginning", [b"\0\0", b"\xff\xff"])
 def test_who_makes_keys_of_a_kind_pushes_out_no_more_strangers_than_others_do(monkeypatch, beginning):
     monkeypatch.setattr(records, "verify", lambda *_: None)

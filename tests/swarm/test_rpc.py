@@ -150,6 +150,20 @@ class TestAnswers:
         assert order[-1] == "large"
         assert pair.near.most_queued_nbytes < 1 << 20, "no more is queued than the stream takes"
 
+    async def test_a_small_call_passes_a_large_body_that_waits_for_room(self, pair):
+        pair.near.nbytes_per_second = 50e6
+        large = asyncio.create_task(pair.caller.request("echo", bytes(8 << 20)))
+        await until(lambda: pair.near.sent_nbytes > 1 << 20)
+        assert await pair.caller.request("echo", b"x") == b"x"
+        assert pair.near.sent_nbytes < 3 << 20
+        await large
+
+    async def test_calls_with_a_deadline_that_wait_behind_a_large_body_cut_nobody(self, pair):
+        pair.near.nbytes_per_second = 100e6
+        large = asyncio.create_task(pair.caller.request("echo", bytes(4 << 20), timeout=PATIENCE))
+        await until(lambda: pair.near.sent_nbytes > 1 << 20)
+        await asyncio.gather(large, *(pair.caller.request("echo", bytes(5000), timeout=PATIENCE) for _ in range(1500)))
+
     async def test_many_large_answers_to_a_slow_reader_wait_where_they_are(self, pair):
         pair.far.nbytes_per_second = 100e6
         answers = await asyncio.gather(*(pair.caller.request("zeros", b"500000") for _ in range(60)))
@@ -187,6 +201,21 @@ class TestErrors:
         assert "index" not in str(raised.value)
         assert raised.value.args[1] == InternalError.code
         assert [(entry["event"], entry["method"], entry["peer"]) for entry in logs] == [("a call failed", "bug", INITIATOR)]
+
+    @pytest.mark.parametrize("known", ["\ud800", {1: 2}, 1 << 70], ids=["surrogate", "keys", "number"])
+    async def test_what_an_error_knows_and_json_does_not_is_left_out(self, pair, lab, known):
+        async def later(*_):
+            raise UnknownModelError("no model", known)
+
+        def at_once(*_):
+            raise UnknownModelError("no model", known)
+
+        lab.service.respond("later", later)
+        lab.service.respond("at once", at_once)
+        for method in ("later", "at once"):
+            with pytest.raises(UnknownModelError) as raised:
+                await pair.caller.request(method, timeout=PATIENCE)
+            assert raised.value.args == ("no model",)
 
     async def test_unknown_methods_are_answered(self, pair):
         with pytest.raises(UnknownMethodError, match="Unknown method 'nowhere'"):
@@ -242,6 +271,34 @@ class TestEnds:
         await until(lambda: lab.started == 1)
         pair.near.nbytes_per_second = 0.001
         await until(lambda: lab.cancelled == 1)
+        with pytest.raises(DeadlineExceededError):
+            await call
+
+    @pytest.mark.parametrize("value", [b"x", bytes(5000), bytes(1 << 20)], ids=len)
+    async def test_a_deadline_holds_while_there_is_no_room_to_send(self, pair, value):
+        await pair.caller.request("echo")
+        pair.far.pause()
+        before = [asyncio.create_task(pair.caller.request("echo", bytes(1 << 20))) for _ in range(2)]
+        await until(lambda: not pair.caller._line.is_clear)
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(DeadlineExceededError, match=r"within 0\.01 s"):
+                await pair.caller.request("echo", value, timeout=0.01)
+        pair.far.resume()
+        await asyncio.gather(*before)
+        assert pair.caller.in_flight == 0
+
+    @pytest.mark.parametrize("seconds", [float("inf"), 1e300])
+    async def test_a_deadline_that_never_comes(self, pair, seconds):
+        assert await pair.caller.request("echo", b"x", timeout=seconds) == b"x"
+
+    async def test_it_also_holds_there_for_a_large_answer_that_nobody_takes(self, pair):
+        await pair.caller.request("echo")
+        pair.near.pause()
+        call = asyncio.create_task(pair.caller.request("zeros", b"1000000", timeout=0.2))
+        await until(lambda: pair.answerer.working)
+        pair.near.nbytes_per_second = 0.001
+        await until(lambda: not pair.answerer.working)
+        assert pair.answerer._answers._unsent_nbytes == 0
         with pytest.raises(DeadlineExceededError):
             await call
 
@@ -328,6 +385,33 @@ class TestBounds:
         assert [type(answer) for answer in answers] == [bytes] * 3 + [QueueFullError] * 2
         pair.close()
 
+    async def test_so_is_who_says_until_when_it_waits_for_large_ones(self, lab):
+        pair = Pair(lab, RpcLimits(max_in_flight=3))
+        calls = [pair.caller.request("echo", bytes(200_000), timeout=PATIENCE) for _ in range(8)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [bytes] * 3 + [QueueFullError] * 5
+        assert not pair.answerer._answers._deadlines
+        pair.close()
+
+    @pytest.mark.parametrize("method", ["zeros", "zeros later"])
+    async def test_answers_that_wait_for_a_peer_that_reads_nothing_are_bounded(self, lab, method):
+        async def later(_, value):
+            return bytes(int(value))
+
+        lab.service.respond("zeros later", later)
+        pair = Pair(lab, RpcLimits(max_reply_nbytes=1 << 20))
+        await pair.caller.request("echo")
+        pair.near.pause()
+        calls = [asyncio.create_task(pair.caller.request(method, b"300000")) for _ in range(8)]
+        answers = pair.answerer._answers
+        await until(lambda: answers._unsent_nbytes == 900_000 and pair.answerer.working == 3)
+        pair.near.resume()
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(each) for each in found] == [bytes] * 3 + [QueueFullError] * 5
+        await until(lambda: not pair.answerer.working)
+        assert answers._unsent_nbytes == 0
+        pair.close()
+
     async def test_bodies_that_are_held_are_bounded(self, lab):
         pair = Pair(lab, RpcLimits(max_held_nbytes=500_000))
         calls = [asyncio.create_task(pair.caller.request("held", bytes(nbytes))) for nbytes in (100_000, 300_000, 300_000)]
@@ -397,10 +481,22 @@ class TestStrangers:
             (False, [b"\x01\x00\x01\x05ab"]),
             (True, [b"\x63"]),
             (True, [encode_call(CallMessage.REQUEST, 1, uint(10) + string("echo"))]),
+            (True, [encode_call(CallMessage.REQUEST, 1, uint(200_000) + string("m" * 300))]),
             (True, [encode_call(CallMessage.DEADLINE, number, b"\x01") for number in range(2000)]),
             (True, [encode_call(CallMessage.REQUEST, 1, uint(200_000) + string("echo")), encode_call(CallMessage.REQUEST_PIECE, 1, b"x")]),
         ],
-        ids=["method", "long method", "id in use", "no response", "value", "type", "needless pieces", "deadlines", "tiny pieces"],
+        ids=[
+            "method",
+            "long method",
+            "id in use",
+            "no response",
+            "value",
+            "type",
+            "needless pieces",
+            "long name",
+            "deadlines",
+            "tiny pieces",
+        ],
     )
     async def test_who_breaks_the_protocol_is_cut_and_named(self, lab, beside, sent):
         stranger = Stranger(lab)
@@ -409,6 +505,22 @@ class TestStrangers:
             stranger.say(*sent, beside=beside)
             assert await stranger.is_cut()
         assert [entry["peer"] for entry in logs] == [INITIATOR]
+
+    async def test_who_loses_the_right_before_a_body_is_whole_is_not_let_in(self, lab):
+        stranger, piece = Stranger(lab), encode_call(CallMessage.REQUEST_PIECE, 1, bytes(100_000))
+        await until(lambda: stranger.beside.opened)
+        stranger.say(encode_call(CallMessage.REQUEST, 1, uint(200_000) + string("echo")), piece, beside=True)
+        await until(lambda: stranger.connection.working)
+
+        def revoked(*_):
+            raise ForbiddenError("this key was revoked")
+
+        lab.service.authorise = revoked
+        stranger.say(piece, beside=True)
+        await until(lambda: stranger.heard)
+        assert b"this key was revoked" in stranger.heard[0][1]
+        assert not lab.calls
+        assert not stranger.connection.working
 
     async def test_answers_that_nobody_waits_for_are_passed_over(self, lab):
         stranger = Stranger(lab)

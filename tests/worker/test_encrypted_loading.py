@@ -11,7 +11,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tether.errors import BadModelError, ChunkAlteredError, ChunkMissingError, LoadFailedError, LockedModelError, NoSpaceError
+from tether.errors import (
+    BadModelError,
+    ChunkAlteredError,
+    ChunkMissingError,
+    LoadFailedError,
+    LockedModelError,
+    NoSpaceError,
+    WorkerLostError,
+)
 from tether.manager.operations import Operations
 from tether.runtimes import inspect
 from tether.security.identity import Identity
@@ -238,6 +246,14 @@ def write_broken_custom(folder):
     return folder
 
 
+def write_once_custom(folder, mark):
+    """It can be loaded once; `mark` is a file that tells whether it was."""
+    write_custom(folder)
+    lines = f"if os.path.exists({str(mark)!r}):\n            raise ValueError('{CANARY}')\n        open({str(mark)!r}, 'w').close()"
+    (folder / "model.py").write_text(CUSTOM.replace("def load(self, path):", f"def load(self, path):\n        {lines}"))
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["onnx", "custom"])
 def test_why_it_can_not_be_loaded_is_told_without_a_word_of_what_is_in_it(engine, lab, tmp_path, kind, caplog, capfd):
     caplog.set_level("DEBUG")
@@ -257,6 +273,20 @@ def test_why_it_can_not_be_loaded_is_told_without_a_word_of_what_is_in_it(engine
     said = "".join(traceback.format_exception(told.value)) + repr(told.value.args) + caplog.text + out + err
     assert CANARY not in said
     assert "shape" not in said.lower()
+
+
+@pytest.mark.usefixtures("memory")
+def test_why_it_can_not_be_started_again_is_told_as_little(lab, manager, tmp_path):
+    model = publish(lab, write_once_custom(tmp_path / "net", tmp_path / "begun"), "net", info=inspect(write_custom(tmp_path / "whole")))
+    files = ModelFiles(lab.root, tmp_path / "worker", ManagerBlobs(manager.ask, manager.close), 1 << 30)
+    loaded = load_pinned(1, files.fetch(model))
+    with pytest.raises(WorkerLostError):
+        loaded.run({"x": -X})
+    with pytest.raises(BadModelError, match="only the kind of failure is said here, bad_model") as told:
+        loaded.run({"x": X})
+    loaded.close()
+    files.close()
+    assert CANARY not in "".join(traceback.format_exception(told.value)) + repr(told.value.args)
 
 
 @pytest.mark.usefixtures("memory")

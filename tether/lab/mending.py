@@ -21,15 +21,18 @@ def advice(model: str, failed: tuple[str, ...], paths: Mapping[str, str], *, giv
 
 def _advised(model: str, failed: tuple[str, ...], paths: Mapping[str, str], *, given: bool) -> Iterator[str]:
     for digest in failed:
-        path = paths.get(digest, "").removeprefix(f"{FILES}/")
+        place = paths.get(digest, "")
+        path = place.removeprefix(f"{FILES}/")
         if path.startswith(f"{HIDDEN}/"):
             yield (
                 f"{path} is Tether's own, not one of the published files, and what a model answers need not come out the same bit for bit: "
                 f"publish {model} again with its example (the same bytes mend this version, others make the next one), or bring it from a "
                 "lab that has the version"
             )
-        elif not path:
+        elif not place:
             yield f"{digest} is in none of the published files (the manifest, or the encrypted part of it): {_ELSEWHERE}"
+        elif path == place:
+            yield f"{digest} of {path} is in no file, since the version was published from a draft: {_ELSEWHERE}"
         elif not given:
             yield f"nobody has {digest} of {path}: give the published files with --from"
         else:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from tether.store.index.mirror_tables import ModelState, VersionState
-from tether.swarm.feed_entries import Content, FeedModel, FeedVersion
+from tether.swarm.feed_entries import Content, FeedModel, FeedVersion, sayable
 from tether.types import Digest
 
 __all__ = ["content_of", "states_of", "wanted"]
@@ -26,7 +26,7 @@ def content_of(models: Iterable[ModelState], publisher: str, peers: Iterable[str
 
 def _feed_model(model: ModelState) -> FeedModel:
     versions = {
-        each.version: FeedVersion(each.digest, each.nbytes, each.created, msgspec.json.decode(each.tags, type=dict[str, str]))
+        each.version: sayable(FeedVersion(each.digest, each.nbytes, each.created, msgspec.json.decode(each.tags, type=dict[str, str])))
         for each in model.versions
     }
     return FeedModel(model.next, versions, dict(model.aliases))

@@ -119,7 +119,7 @@ class Sources:
         """
         if peer in self._liars:
             return
-        bits = np.asarray(has, np.bool_) if len(has) == self._count else np.zeros(self._count, np.bool_)
+        bits = np.array(has, np.bool_) if len(has) == self._count else np.zeros(self._count, np.bool_)
         known = self._peers.get(peer)
         if known is None:
             self._peers[peer] = _Peer(bits, is_origin, self._drawn(peer), now, now)
@@ -159,13 +159,31 @@ class Sources:
     def next(self, missing: Iterable[int], nbytes: Sequence[int], now: float) -> list[Asking]:
         """All that is to be asked now. `missing`: indices that nobody is asked for; `nbytes`: of each blob of the version."""
         out: list[Asking] = []
-        for index in self.order(missing):
-            if not any(peer.resting <= now and peer.has_room(nbytes[index]) for peer in self._peers.values()):
+        wanted = np.array(self.order(missing), np.int64)
+        wanted = wanted[self._askable(now)[wanted]]
+        giving = [peer for peer in self._peers.values() if peer.resting <= now and peer.has[wanted].any()]
+        for index in map(int, wanted):
+            if not any(peer.has_room(nbytes[index]) for peer in giving):
                 break
             asking = self.ask(index, nbytes[index], now)
             if asking is not None:
                 out.append(asking)
         return out
+
+    def _askable(self, now: float) -> npt.NDArray[np.bool_]:
+        """All for which `ask` may find somebody, and few others: `next` runs for each blob that comes, and most are others' to ask for."""
+        here = [peer for peer in self._peers.values() if peer.resting <= now]
+        having, others, claimed = (np.zeros(self._count, np.bool_) for _ in range(3))
+        for peer in here:
+            if peer.has_room(1):
+                having |= peer.has
+            if not peer.is_origin:
+                others |= peer.has
+        if any(peer.asked for peer in self._peers.values()):
+            for peer in self._peers.values():
+                if peer.is_fetching(now):
+                    claimed |= (peer.lots < self._lots) & ~peer.has
+        return having & (others | ~claimed)
 
     def ask(self, index: int, nbytes: int, now: float) -> Asking | None:
         """Ask somebody for a blob; somebody else each time. None: nobody has it and room now."""

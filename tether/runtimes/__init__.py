@@ -80,13 +80,13 @@ def load(path: Path, info: ModelInfo, threads: int = 1) -> LoadedModel:
 def load_arriving(path: Path, info: ModelInfo, threads: int, arrivals: Arrivals) -> LoadedModel:
     """As `load`, of files that are still coming and will lie in `path`: the library is imported meanwhile.
 
-    A runtime that can do more before they are whole has a `load_arriving` of its own. Raises: what `arrivals` raises besides.
+    A runtime that knows better what to do before they are whole has a `load_arriving` of its own. Raises: what `arrivals` raises besides.
     """
-    warm(info.framework)
     own = getattr(runtime_for(info.framework), "load_arriving", None)
     if own is not None:
         loaded: LoadedModel = own(path, info, threads, arrivals)
         return loaded
+    warm(info.framework)
     arrivals.wait_whole()
     return load(path, info, threads)
 

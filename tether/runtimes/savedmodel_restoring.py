@@ -27,6 +27,8 @@ from tether.types import Array, StoredTensor
 __all__ = ["UnusualModelError", "restoring"]
 
 _GRAPH, _INDEX = "saved_model.pb", "variables/variables.index"
+_READ = (_GRAPH, "fingerprint.pb", "debug/saved_model_debug_info.pb", _INDEX)
+"""What TensorFlow and we read of it before the weights; the second and the third need not be there."""
 _ALIGN = 64
 """Bytes: what TensorFlow wants of memory that it uses without copying."""
 _LARGE = 1 << 20
@@ -43,7 +45,7 @@ def restoring(tf: Any, folder: Path, arrivals: Arrivals) -> Iterator[Any]:
 
     Raises: UnusualModelError: it has to be loaded by TensorFlow alone; BadModelError; OSError; what TensorFlow raises.
     """
-    for file in (_GRAPH, "fingerprint.pb", _INDEX):
+    for file in _READ:
         _await(folder, file, arrivals)
     savedmodel.check(folder)  # before TensorFlow sees it
     nodes, bundle = _nodes(folder), _bundle(folder)

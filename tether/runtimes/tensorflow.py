@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import structlog
 
-from tether.errors import BadModelError
+from tether.errors import BadModelError, HostileModelError
 from tether.runtimes import tensors
 from tether.runtimes.arrivals import Arrivals
 from tether.runtimes.savedmodel_restoring import UnusualModelError, restoring
@@ -90,6 +90,7 @@ class TensorFlowRuntime:
             tf.config.threading.set_inter_op_parallelism_threads(1)
         if info.format == "savedmodel":
             return TensorFlowModel(info, _restored(tf, path, arrivals))
+        self.warm()
         arrivals.wait_whole()
         return TensorFlowModel(info, _load(path, info.format)[3])
 
@@ -141,13 +142,19 @@ def _library() -> Any:
 
 
 def _restored(tf: Any, path: Path, arrivals: Arrivals) -> _Call:
-    """The signature of a SavedModel whose variables we read. One with anything unusual is TensorFlow's to load, when it is whole."""
+    """The signature of a SavedModel whose variables we read.
+
+    One with anything unusual is TensorFlow's to load, when it is whole; so is one that we can't read: what was coming may have been thrown
+    away for files of before, and of what is damaged TensorFlow says more.
+    """
     with tensors.failures(_not_loaded(path), BadModelError):
         try:
             with arrivals.folder(path) as folder, restoring(tf, folder, arrivals) as loaded:
                 call = _signature(tf, loaded)[2]
-        except (UnusualModelError, FileNotFoundError) as error:  # the latter: what was coming was thrown away, for files of before
-            reason = str(error) if isinstance(error, UnusualModelError) else "its files were replaced"
+        except HostileModelError:
+            raise
+        except (UnusualModelError, BadModelError, OSError) as error:
+            reason = str(error) if isinstance(error, UnusualModelError) else "its files could not be read by ourselves"
             log.info("restored by TensorFlow alone", reason=reason)  # reasons name nothing of the model, which may be encrypted
         else:
             return call

@@ -13,6 +13,7 @@ import numpy as np
 
 from tether.errors import BadInputError, BadModelError
 from tether.runtimes import tensors
+from tether.runtimes.arrivals import Arrivals
 from tether.runtimes.signatures import Signature, named
 from tether.runtimes.weights import zips
 from tether.types import Array, Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec
@@ -88,6 +89,15 @@ class TorchRuntime:
             return TorchModel(info, _Exported(file).callable())
         module = _load_script(file)
         return TorchModel(info, lambda arrays: _script_outputs(module(*arrays)))
+
+    def load_arriving(self, path: Path, info: ModelInfo, threads: int, arrivals: Arrivals) -> TorchModel:
+        """As `load`, of files that are still coming and will lie in `path`: what it needs is imported meanwhile."""
+        if info.format == "pt2":
+            self.warm()
+        else:
+            _library()  # what `warm` does besides, TorchScript does not need (1.3 s)
+        arrivals.wait_whole()
+        return self.load(path, info, threads)
 
 
 class TorchModel:

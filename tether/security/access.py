@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
@@ -60,10 +61,13 @@ class Access:
         self._rows: dict[str, PeerRow] = {}
         self._open: dict[str, Scopes] = {}
         """Those that may do something. Each change of either is one step, so that `may` takes no lock."""
+        self._invited = 0.0
+        """When the latest invitation was made."""
         with self.file.lock:
             self._load()
 
     def _load(self) -> None:
+        self._invited = max(self._invited, self.file.last_invited())
         self._rows = {row.key: row for row in self.file.peers()}
         self._open = {key: scopes for key, row in self._rows.items() if (scopes := _active(row))}
 
@@ -156,6 +160,14 @@ class Access:
         self._hold(row)
         return self.scopes(row.key)
 
+    def invited(self) -> float:
+        """For invitations: the moment of one that is made now: after all revocations until now and not after those that follow."""
+        with self.file.lock:
+            last = max((row.revoked for row in self._rows.values() if row.revoked is not None), default=-math.inf)
+            moment = max(self.clock(), math.nextafter(last, math.inf))
+            self._invited = max(self._invited, moment)
+        return moment
+
     def row(self, peer: str) -> PeerRow | None:
         """What is kept of it."""
         return self._rows.get(peer)
@@ -182,7 +194,8 @@ class Access:
         with self.file.lock:
             row = self._known(key)
             had = _scopes(row)
-            self._take(row._replace(scopes="", revoked=now), "revoke", _text(had))
+            # Not before any invitation, whatever the clock says: it may have been set back, or be another manager's.
+            self._take(row._replace(scopes="", revoked=max(now, self._invited)), "revoke", _text(had))
             usable = [each.id for each in self.file.invitations_of(key) if each.problem(now) is None]
         return Revocation(key, had, tuple(usable))
 
@@ -194,17 +207,18 @@ class Access:
         why = printable(reason)[:_MAX_REASON]
         with self.file.lock:
             row = self._rows.get(peer) or self._blank(peer)
-            self._forget_an_old_ban()
             self._take(row._replace(banned=why), "ban", why)
+            self._forget_an_old_ban(peer)
 
     def mirror(self, state: AccessState) -> None:
         """Say what the writing manager's says. Raises: NoSpaceError, StoreError."""
         with self.file.lock:
-            before = self._open
+            before, banned = self._open, {key for key in self._rows if self.is_banned(key)}
             self.file.replace(state)
             self._load()
-            less = [key for key, scopes in before.items() if set(scopes) - set(self.scopes(key))]
-        for key in less:
+            less = {key for key, scopes in before.items() if set(scopes) - set(self.scopes(key))}
+            less |= {key for key in self._rows if self.is_banned(key)} - banned
+        for key in sorted(less):
             self._tell(key)
 
     # --- how
@@ -247,11 +261,11 @@ class Access:
             except Exception:  # one that fails must not keep the others from cutting what they hold
                 log.exception("a listener failed; the peer's streams there may live on", peer=key)
 
-    def _forget_an_old_ban(self) -> None:
-        """Keys cost nothing: who lies under many of them must not fill the disk."""
-        banned = [row for row in self._rows.values() if row.banned is not None and not row.scopes]
-        if len(banned) >= _MAX_BANNED:
-            oldest = min(banned, key=lambda row: row.since)
+    def _forget_an_old_ban(self, latest: str) -> None:
+        """Keys cost nothing: who lies under many of them must not fill the disk. Whom people sent away stays known as that."""
+        banned = [row for row in self._rows.values() if row.banned is not None and not row.scopes and row.revoked is None]
+        if len(banned) > _MAX_BANNED:
+            oldest = min((row for row in banned if row.key != latest), key=lambda row: row.since)
             with self.file.writing() as db:
                 drop_peer(db, oldest.key)
             del self._rows[oldest.key]

@@ -153,6 +153,11 @@ class AccessFile:
         rows = self._all("SELECT * FROM invitations WHERE id = ?", (id_,))
         return InvitationRow(*rows[0]) if rows else None
 
+    def last_invited(self) -> float:
+        """When the latest of them was made."""
+        ((created,),) = self._all("SELECT coalesce(max(created), 0.0) FROM invitations")
+        return float(created)
+
     def enrolled(self, invitation: str) -> list[str]:
         """The keys that came by an invitation."""
         return [peer for (peer,) in self._all("SELECT peer FROM enrolments WHERE invitation = ? ORDER BY at, peer", (invitation,))]

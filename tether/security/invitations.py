@@ -74,9 +74,9 @@ class Invitations:
             raise BadScopeError("an invitation to nothing: give at least one scope, such as infer:digits")
         if not 1 <= uses <= _MAX_USES or (expires is not None and not 0 < expires < float("inf")):
             raise BadInvitationError(f"an invitation has 1 to {_MAX_USES} uses, and expires after some seconds or never")
-        until = None if expires is None else now + expires
-        row = InvitationRow(secret.id, secret.stored(), " ".join(granted.texts()), checked_label(label), now, until, uses, 0, None)
+        until, named, texts = None if expires is None else now + expires, checked_label(label), " ".join(granted.texts())
         with self._file.lock:
+            row = InvitationRow(secret.id, secret.stored(), texts, named, self._access.invited(), until, uses, 0, None)
             if sum(each.problem(now) is None for each in self._file.invitations()) >= _MAX_OPEN:
                 raise ConflictError(f"{_MAX_OPEN} invitations are open: revoke some, or make one with many uses")
             self._write(row, AuditLine(now, "invite", secret.id, f"{row.scopes}, {uses} uses"))
@@ -99,9 +99,9 @@ class Invitations:
         """
         if public_key(peer) != peer:
             raise BadKeyError(f"{peer[:80]!r} is no key as a handshake proves it: 64 lower-case hex digits")
-        if self._access.is_banned(peer):
-            raise ForbiddenError("this lab does not speak with this key")
         with self._file.lock:
+            if self._access.is_banned(peer):
+                raise ForbiddenError("this lab does not speak with this key")
             row = self._right(_parsed(secret), peer, self._monotonic())
             return self._admit(row, peer)
 

@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
     "capacity": _method("infer"),
     "models": _method("models", "infer", "replicate", "publish"),
     "manifest": _method("replicate"),
-    "have": _method("replicate"),
+    "have": _method("replicate", whole=True),
     "blobs": _method("replicate"),
     "feed": _method("models", "replicate", whole=True),
     "publish": _method("publish"),

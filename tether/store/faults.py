@@ -32,8 +32,8 @@ POINTS = (
     "checkout.rename",
 )
 """In the order in which a first publish and a checkout pass them. `format.…` only where the store is made. `stage` and `blob` lie in
-the middle of writing a blob (`blob`: of copying one that lies in a pending pack with much else), `clean` behind the removal of each
-pending pack, `checkout` behind each file; the others behind what they name."""
+the middle of writing a blob (`stage`: or small ones that lie side by side; `blob`: of copying one that lies in a pending pack with much
+else), `clean` behind the removal of each pending pack, `checkout` behind each file; the others behind what they name."""
 ROTATION_POINTS = ("keys.begin", "keys.batch", "keys.rewrapped", "keys.scrubbed", "keys.retired")
 """What a rotation of the cluster key passes besides the catalog's: `keys.batch` in each transaction, the others behind what they name."""
 GC_POINTS = ("gc.mark", "gc.aside", "gc.commit", "gc.delete", "gc.blob", "gc.copied", "gc.manifest")

@@ -69,6 +69,7 @@ def tensor_arrays(
     names = {array.path: name for name, array in tensors.items()}
     for entry, array in _loaded(blobs, list(tensors.values()), threads, TOGETHER if together else APART):
         yield names[entry.path], array
+        del array
 
 
 def file_array(blobs: Blobs, manifest: Manifest, path: str, threads: int | None = None) -> Bytes:

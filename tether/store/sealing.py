@@ -140,10 +140,7 @@ class SealedIntake:
     def missing(self, digests: Iterable[Digest]) -> list[Digest]:
         """As `Intake` says. What was sent before and can't be found any more is asked for again."""
         self._known.flush()
-        wanted = list(dict.fromkeys(digests))
-        self._seals |= self._known.find(digest for digest in wanted if digest not in self._seals)
-        gone = set(self._repository.missing(self._seals[digest].digest for digest in wanted if digest in self._seals))
-        return [digest for digest in wanted if digest not in self._seals or self._seals[digest].digest in gone]
+        return self.needs(digests)
 
     def plan(self, arrays: Iterable[ArrayEntry]) -> None:
         """No room is kept: what ciphertext will be called is not known yet, and it is never mapped in place."""
@@ -163,9 +160,12 @@ class SealedIntake:
         """As `Intake` says."""
         return cut_bytes(name, data, self.put)
 
-    def needs(self, digests: Sequence[Digest]) -> list[Digest]:
-        """For `files.cut_file`: which pieces of a file are to be put in."""
-        return self.missing(digests)
+    def needs(self, digests: Iterable[Digest]) -> list[Digest]:
+        """For `files.cut_file`: which pieces of a file are to be put in. Asked so often that nothing is written down for it."""
+        wanted = list(dict.fromkeys(digests))
+        self._seals |= self._known.find(digest for digest in wanted if digest not in self._seals)
+        gone = set(self._repository.missing(self._seals[digest].digest for digest in wanted if digest in self._seals))
+        return [digest for digest in wanted if digest not in self._seals or self._seals[digest].digest in gone]
 
     def place(self, blobs: Sequence[Planned]) -> Callable[[Sequence[memoryview]], None]:
         """For `files.cut_file`: what takes the pieces."""

@@ -28,3 +28,7 @@ class TokenBucket:
         start = max(self._paid_until, now - self._burst_seconds)
         self._paid_until = start + nbytes / self._rate
         return max(self._paid_until - now, 0.0)
+
+    def give_back(self, nbytes: int) -> None:
+        """Bytes that were taken did not go: who comes next need not wait for them; who waits already keeps their time."""
+        self._paid_until -= nbytes / self._rate

@@ -80,9 +80,10 @@ class Asking:
         if kind is Kind.BITMAP:
             self._bitmaps_of.add(digest)
         ask_id = self._next_id()
+        frame = encode_ask(ask_id, kind, digest)
         future: asyncio.Future[bytes | None] = self._link.loop.create_future()
         asked = self._asked[ask_id] = _Asked(kind, digest, future)
-        self._link.send(encode_ask(ask_id, kind, digest))
+        self._link.send(frame)
         self._watch()
         try:
             return await future

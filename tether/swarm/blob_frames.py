@@ -171,7 +171,8 @@ def encode_absent(ask_id: int) -> bytes:
 
 def encode_error(ask_id: int, error: TetherError) -> bytes:
     """An error that the other side may know of."""
-    return _Id.pack(_FAILED, ask_id) + encode_body(type(error)(str(error)[: _TEXT_NBYTES // 8]))
+    text = str(error)[: _TEXT_NBYTES // 8].encode(errors="replace").decode()  # it may name a file whose name is no text
+    return _Id.pack(_FAILED, ask_id) + encode_body(type(error)(text))
 
 
 def encode_have(digest: Digest, indices: Sequence[int]) -> list[bytes]:

@@ -81,6 +81,8 @@ class Giving:
         self._is_leaving = False
         self._manifest_turn = asyncio.Lock()
         """One at a time: they can have 64 MiB, and a peer needs the first one before it can ask for anything else."""
+        self._turn = asyncio.Lock()
+        """Who waits for room: the peer has `patience` for the piece whose turn it is, not for all that wait."""
         self.given_nbytes = 0
 
     def __len__(self) -> int:
@@ -143,13 +145,11 @@ class Giving:
         try:
             answer = await self._answer(ask)
             if isinstance(answer, TetherError):
-                await self._clear()
-                self._link.send(encode_error(ask.id, answer))
+                await self._put(encode_error(ask.id, answer))
             elif answer:
                 await self._send(ask.id, answer)
             else:
-                await self._clear()
-                self._link.send(encode_absent(ask.id))
+                await self._put(encode_absent(ask.id))
         except TimeoutError:
             self._link.cut(ServiceUnavailableError(f"it asks and took nothing for {self._limits.patience:g} s"))
         except TetherError:
@@ -188,14 +188,20 @@ class Giving:
         size = PIECE_NBYTES if rate * _TURN > PIECE_NBYTES else max(int(rate * _TURN), LEAST_NBYTES)
         for number, piece in enumerate(pieces(data, size)):
             wait = self._uplink.take(len(piece), self._link.loop.time())
-            await asyncio.sleep(wait)  # of 0, too: the others' turn
-            await self._clear()
-            self._link.send(encode_piece(ask_id, piece) if number else encode_begin(ask_id, len(data), piece))
+            try:
+                await asyncio.sleep(wait)  # of 0, too: the others' turn
+                await self._put(encode_piece(ask_id, piece) if number else encode_begin(ask_id, len(data), piece))
+            except BaseException:  # taken back, as a rule: a peer that does so all the time would use up what all peers share
+                self._uplink.give_back(len(piece))
+                raise
             self.given_nbytes += len(piece)
 
-    async def _clear(self) -> None:
-        if not self._link.is_clear:
-            async with asyncio.timeout(self._limits.patience):
-                await self._link.clear()
-        elif self._link.closed.is_set():
-            raise self._link.why()
+    async def _put(self, frame: bytes) -> None:
+        """Send it when its turn comes. Raises: TimeoutError: the peer takes nothing; TetherError: the connection is gone."""
+        async with self._turn:
+            if not self._link.is_clear:
+                async with asyncio.timeout(self._limits.patience):
+                    await self._link.clear()
+            elif self._link.closed.is_set():
+                raise self._link.why()
+            self._link.send(frame)

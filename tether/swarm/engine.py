@@ -121,19 +121,19 @@ class Engine:
         """
         settings = settings or EngineSettings()
         host = _get_host()
-        host.use(asyncio.get_running_loop())
         bootstrap = None if settings.bootstrap is None else [{"host": name, "port": port} for name, port in settings.bootstrap]
-        made = await host.bridge.call(
-            "create",
-            bootstrap=bootstrap,
-            seed=_key(seed, "seed"),
-            host=settings.host,
-            port=settings.port,
-            ephemeral=settings.ephemeral,
-            firewalled=settings.firewalled,
-        )
-        engine = cls(host, made["node"], bytes.fromhex(made["publicKey"]), settings)
-        host.add(made["node"], engine)
+        with host.starting(asyncio.get_running_loop()):
+            made = await host.bridge.call(
+                "create",
+                bootstrap=bootstrap,
+                seed=_key(seed, "seed"),
+                host=settings.host,
+                port=settings.port,
+                ephemeral=settings.ephemeral,
+                firewalled=settings.firewalled,
+            )
+            engine = cls(host, made["node"], bytes.fromhex(made["publicKey"]), settings)
+            host.add(made["node"], engine)
         try:
             await engine.call("bound")
         except BaseException:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from tether.errors import BadNameError, MalformedFeedError
-from tether.types import Digest, model_name
+from tether.types import Digest, ModelRef, model_name
 
 __all__ = [
     "MAX_MODELS",
@@ -31,6 +31,7 @@ __all__ = [
     "applied",
     "changes",
     "entries",
+    "sayable",
 ]
 
 MAX_VALUE_NBYTES = 16 * 1024
@@ -92,6 +93,12 @@ class Change(msgspec.Struct, frozen=True):
 
 
 # --- writing
+
+
+def sayable(version: FeedVersion) -> FeedVersion:
+    """The version, without its tags where they are more than an entry holds: a catalog's may be longer, and nobody could follow then."""
+    fits = len(version.tags) <= _MAX_TAGS and len(_json(version)) <= MAX_VALUE_NBYTES
+    return version if fits else msgspec.structs.replace(version, tags={})
 
 
 def entries(content: Content) -> dict[str, bytes]:
@@ -202,7 +209,7 @@ class _Drafts:
                 draft = self._draft(name, change)
                 draft.config, draft.has_config = _object(change), True
             case ["aliases", name, alias]:
-                _name(alias, change)
+                _alias(alias, change)
                 found = _decoded(change, _Alias)
                 self._draft(name, change).aliases[alias] = found.version if found else None
             case ["peers", key] if _HEX.fullmatch(key):
@@ -271,6 +278,14 @@ def _decoded(change: Change, kind: type[Any]) -> Any:
 def _name(text: str, change: Change) -> str:
     try:
         return model_name(text)
+    except BadNameError as error:
+        raise _malformed(change.key, str(error)) from None
+
+
+def _alias(text: str, change: Change) -> None:
+    """By the catalog's own rule: other names are reserved than for models."""
+    try:
+        ModelRef.parse(f"model@{text}")
     except BadNameError as error:
         raise _malformed(change.key, str(error)) from None
 

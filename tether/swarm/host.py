@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import structlog
@@ -51,9 +51,9 @@ class Host:
         self._feeds: dict[int, Callable[[int], None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._nodes: dict[int, Node] = {}
+        self._starting = 0
         self._servers: dict[int, tuple[OnConnection, Firewall]] = {}
         self._unclaimed: dict[int, SecureStream] = {}
-        self._streams: dict[int, SecureStream] = {}
         self._watching: asyncio.Task[None] | None = None
         functions: Functions = {
             "memory": self._memory,
@@ -82,6 +82,16 @@ class Host:
         self.bridge.use(loop)
         self.transport.use(loop)
 
+    @contextlib.contextmanager
+    def starting(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+        """While a node begins, until it is added: the loop stays in use, though the last of the others may end meanwhile. As `use`."""
+        self.use(loop)
+        self._starting += 1
+        try:
+            yield
+        finally:
+            self._starting -= 1
+
     def add(self, number: int, node: Node) -> None:
         """A node began."""
         self._nodes[number] = node
@@ -97,8 +107,9 @@ class Host:
         watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watching
-        self.bridge.close()
-        self._loop = None
+        if not (self._nodes or self._starting):  # else another node began meanwhile
+            self.bridge.close()
+            self._loop = None
 
     def listen(self, server: int, on_connection: OnConnection, firewall: Firewall) -> None:
         """Who is told of a server's connections, and who may refuse them."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from tether.errors import TetherError
 from tether.ports import MessageStream
@@ -42,20 +43,35 @@ class Line(Link):
             self._is_flush_due = True
             self.loop.call_soon(self._flush)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether there is room and nobody waits for some."""
+        return self._room.is_set() and not self._turn.locked()
+
     def post_now(self, channel: Channel, message: bytes) -> bool:
-        """Send a large message if there is room and nobody waits for some; False: `post_large` it."""
-        if not self._room.is_set() or self._turn.locked():
+        """Send a large message if the line is free; False: `post_large` it."""
+        if not self.is_free:
             return False
         self.mux.send(channel, message)
         self._flush()  # so that the next one sees whether there is room left
         return True
 
-    async def post_large(self, channel: Channel, message: bytes) -> None:
-        """Send it when the stream takes more: those who wait for that do so in turn. Raises: TetherError: the connection ended."""
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait until the stream takes more: those who wait for that do so in turn. What is sent within goes out after it.
+
+        Raises: TetherError: the connection ended.
+        """
         async with self._turn:
             await self.clear()
-            self.mux.send(channel, message)
+            yield
             self._flush()
+        await asyncio.sleep(0)  # whoever found no room meanwhile waits again before us: else one large body would go before all small ones
+
+    async def post_large(self, channel: Channel, message: bytes) -> None:
+        """Send it in turn. Raises: TetherError: the connection ended."""
+        async with self.turn():
+            self.mux.send(channel, message)
 
     def _on_message(self, frame: memoryview) -> None:
         self._is_flush_due = True  # below, with all answers that were ready at once

@@ -78,6 +78,8 @@ class PeerBook:
             named = peer_of(data)
         except MalformedRecordError:
             return Verdict.MALFORMED
+        if peer is not None and named != peer:
+            return Verdict.MALFORMED  # before it is counted: who writes a friend's name under a key of his own costs the friend nothing
         refusal = self._refusal(named, now)
         if refusal is not None:
             return refusal
@@ -85,7 +87,7 @@ class PeerBook:
         if not bucket.take(1.0, now):
             return Verdict.BUSY
         try:
-            return self._enter(parse(data, peer), now)
+            return self._enter(parse(data), now)
         except MalformedRecordError:
             return Verdict.MALFORMED
 
@@ -126,9 +128,9 @@ class PeerBook:
         return Verdict.NEW
 
     def _one_too_many(self, section: dict[str, _Entry], now: float) -> str:
-        """Who has to go: somebody whose record is over, else by a lot that the peers can't know."""
+        """Who has to go: somebody whose record is over, else by a lot that the peers can't know; of those that the user knows the last."""
         over = next((peer for peer, entry in section.items() if entry.until <= now), None)
-        return over or max(section, key=lambda peer: section[peer].lot)
+        return over or max(section, key=lambda peer: (not self._is_known(peer), section[peer].lot))
 
     def _lot(self, peer: str) -> bytes:
         return blake3(self._salt + bytes.fromhex(peer)).digest()
@@ -154,7 +156,7 @@ class PeerBook:
                 del self._resting[next(iter(self._resting))]
 
     def forget(self, peer: str) -> None:
-        """It was banned, or took its leave."""
+        """It was banned. Who takes its leave is not forgotten: the number of its last record tells a replay of those before."""
         self._friends.pop(peer, None)
         self._strangers.pop(peer, None)
 

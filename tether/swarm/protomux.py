@@ -43,7 +43,7 @@ class MuxLimits:
     """Messages for channels that it opened and we have not answered yet."""
     handshake_nbytes: int = 4096
     frame_messages: int = 16_384
-    """In one frame: the loop does nothing else while it works through them."""
+    """In one frame, and as often another channel: the loop does nothing else while it works through them."""
 
 
 class Channel:
@@ -191,7 +191,7 @@ class Protomux:
 
     def _receive_batch(self, frame: memoryview, at: int) -> Iterator[Event]:
         number, at = read_uint(frame, at)
-        end, count = len(frame), 0
+        end, count, switches = len(frame), 0, 0
         while at < end:
             nbytes = frame[at]
             if nbytes <= _ONE_BYTE:
@@ -200,6 +200,9 @@ class Protomux:
                 nbytes, at = read_uint(frame, at)
             if not nbytes:
                 number, at = read_uint(frame, at)
+                switches += 1
+                if switches > self._limits.frame_messages:
+                    raise ProtocolError("a frame names more channels than it may hold messages")
                 continue
             stop, count = at + nbytes, count + 1
             if stop > end or count > self._limits.frame_messages:

@@ -21,7 +21,7 @@ from tether.errors import (
     TetherError,
     UnknownMethodError,
 )
-from tether.swarm.compact import read_string, read_uint, uint
+from tether.swarm.compact import read_uint, uint
 from tether.swarm.line import Line
 from tether.swarm.pieces import PIECE_NBYTES, Body, pieces
 from tether.swarm.protomux import Channel
@@ -32,6 +32,7 @@ from tether.swarm.rpc_messages import (
     encode_call,
     encode_error,
     encode_response,
+    read_method,
     read_request,
     read_value,
 )
@@ -48,7 +49,7 @@ class RpcLimits:
 
     max_request_nbytes: int = 16 << 20
     max_reply_nbytes: int = 1 << 30
-    """Of an answer, to either side."""
+    """Of an answer, to either side; and of all large ones together that wait for the peer to take them."""
     max_in_flight: int = 1024
     """Its requests that are worked on; further ones are answered with `queue_full`."""
     max_held_nbytes: int = 64 << 20
@@ -97,6 +98,8 @@ class _Work:
     nbytes: int
     task: asyncio.Task[None]
     deadline: float | None
+    unsent_nbytes: int = 0
+    """Of its answer, if that is a large one."""
     is_overdue: bool = False
 
 
@@ -106,6 +109,7 @@ class _Coming(NamedTuple):
     method: str
     handler: Handler
     body: Body
+    deadline: float | None
 
 
 class Answers:
@@ -118,7 +122,8 @@ class Answers:
         """By id; events, which have none, by numbers below 0."""
         self._coming: dict[int, _Coming] = {}
         self._deadlines: dict[int, float] = {}
-        self._held_nbytes = 0
+        """Of requests that come next."""
+        self._held_nbytes = self._unsent_nbytes = 0
         self._sweeping: asyncio.TimerHandle | None = None
         self._event_numbers = itertools.count(-1, -1)
 
@@ -131,13 +136,14 @@ class Answers:
         """A request in one message. Raises: ProtocolError."""
         request_id, method, value = read_request(message)
         self._check_id(request_id)
+        deadline = self._deadlines.pop(request_id, None) if self._deadlines else None
         try:
             handler = self._admitted(method, len(value))
             data = bytes(read_value(value))
         except Exception as error:  # the hook's own bugs too: they let nobody in
             self._refuse(request_id, method, error)
             return
-        self._run(request_id, method, handler, data)
+        self._run(request_id, method, handler, data, deadline)
 
     def on_deadline(self, body: memoryview) -> None:
         """Said before a request. Raises: ProtocolError."""
@@ -162,16 +168,17 @@ class Answers:
         """A request whose body will come in pieces; whoever may not make it is told so before. Raises: ProtocolError."""
         request_id, at = read_uint(body, 0)
         nbytes, at = read_uint(body, at)
-        method, _ = read_string(body, at)
+        method, _ = read_method(body, at)
         if not request_id or nbytes <= PIECE_NBYTES:
             raise ProtocolError("a request in pieces that needs none, or is an event")
         self._check_id(request_id)
+        deadline = self._deadlines.pop(request_id, None)
         try:
             handler = self._admitted(method, nbytes)
         except Exception as error:  # as above
             self._refuse(request_id, method, error)
             return
-        self._coming[request_id] = _Coming(method, handler, Body(nbytes))
+        self._coming[request_id] = _Coming(method, handler, Body(nbytes), deadline)
         self._held_nbytes += nbytes
 
     def on_piece(self, body: memoryview) -> None:
@@ -182,7 +189,12 @@ class Answers:
             return
         del self._coming[request_id]
         self._held_nbytes -= coming.body.nbytes
-        self._run(request_id, coming.method, coming.handler, coming.body.take())
+        try:
+            self._service.authorise(self._line.peer, coming.method)  # once more: a body takes as long as the peer likes
+        except Exception as error:  # as above
+            self._refuse(request_id, coming.method, error)
+            return
+        self._run(request_id, coming.method, coming.handler, coming.body.take(), coming.deadline)
 
     def end(self) -> None:
         """The connection is gone: nobody waits for anything."""
@@ -212,30 +224,44 @@ class Answers:
         if request_id in self._work or request_id in self._coming:
             raise ProtocolError(f"request {request_id} is being worked on already")
 
-    def _run(self, request_id: int, method: str, handler: Handler, data: bytes) -> None:
-        deadline = self._deadlines.pop(request_id, None) if self._deadlines else None
+    def _run(self, request_id: int, method: str, handler: Handler, data: bytes, deadline: float | None) -> None:
         try:
             if deadline is not None and deadline <= self._line.loop.time():
                 raise DeadlineExceededError("the request came when nobody waited for it any more")
             answer = handler(Call(self._line.peer, method, deadline), data)
+            if isinstance(answer, bytes) and len(answer) > SMALL_NBYTES:
+                self._check_answer(len(answer))
         except Exception as error:  # whatever it is, it is this call's
             self._refuse(request_id, method, error)
             return
         if not isinstance(answer, bytes):
             self._start(request_id, method, answer, len(data), deadline)
         elif len(answer) > SMALL_NBYTES:
-            self._start(request_id, method, _given(answer), len(data), None)
+            self._keep(self._start(request_id, method, _given(answer), len(data), deadline), len(answer))
         elif request_id:
             self._line.post(self._channel, encode_response(request_id, answer))
 
-    def _start(self, request_id: int, method: str, answer: Awaitable[bytes], nbytes: int, deadline: float | None) -> None:
+    def _start(self, request_id: int, method: str, answer: Awaitable[bytes], nbytes: int, deadline: float | None) -> _Work:
         number = request_id or next(self._event_numbers)
         task = self._line.loop.create_task(self._answer(request_id, method, answer))
-        self._work[number] = _Work(answer, nbytes, task, deadline)
+        work = self._work[number] = _Work(answer, nbytes, task, deadline)
         self._held_nbytes += nbytes
         if deadline is not None and self._sweeping is None:
             self._sweeping = self._line.loop.call_later(_SWEEP, self._sweep)
         task.add_done_callback(functools.partial(self._done, number))
+        return work
+
+    def _check_answer(self, nbytes: int) -> None:
+        most = self._limits.max_reply_nbytes
+        if nbytes > most:
+            raise PayloadTooLargeError(f"the answer has {nbytes} bytes; at most {most} are sent: ask for less")
+        if self._unsent_nbytes + nbytes > most:
+            raise QueueFullError(f"{self._unsent_nbytes} bytes of answers wait for you: take them and try again")
+
+    def _keep(self, work: _Work, nbytes: int) -> None:
+        """The answer is here until the peer takes it."""
+        work.unsent_nbytes = nbytes
+        self._unsent_nbytes += nbytes
 
     def _sweep(self) -> None:
         """End what nobody waits for any more. The caller takes it back at its deadline; this is for one that can't be heard."""
@@ -252,6 +278,7 @@ class Answers:
     def _done(self, number: int, _: asyncio.Task[None]) -> None:
         work = self._work.pop(number)
         self._held_nbytes -= work.nbytes
+        self._unsent_nbytes -= work.unsent_nbytes
         if isinstance(work.answer, CoroutineType):
             work.answer.close()  # one that was cancelled before its first step would be missed
         if work.is_overdue and work.task.cancelled():
@@ -268,9 +295,12 @@ class Answers:
     async def _send(self, request_id: int, value: bytes) -> None:
         if len(value) <= SMALL_NBYTES and self._line.is_clear:
             self._line.post(self._channel, encode_response(request_id, value))
-        elif len(value) > self._limits.max_reply_nbytes:
-            raise PayloadTooLargeError(f"the answer has {len(value)} bytes; at most {self._limits.max_reply_nbytes} are sent: ask for less")
-        elif len(value) > PIECE_NBYTES and self._beside.opened and not self._beside.closed:
+            return
+        work = self._work[request_id]
+        if len(value) > SMALL_NBYTES and not work.unsent_nbytes:
+            self._check_answer(len(value))
+            self._keep(work, len(value))
+        if len(value) > PIECE_NBYTES and self._beside.opened and not self._beside.closed:
             await self._send_pieces(request_id, value)
         elif len(value) > MESSAGE_NBYTES:
             raise PayloadTooLargeError(f"the answer has {len(value)} bytes, and a peer that takes no pieces can have {MESSAGE_NBYTES}")
@@ -288,7 +318,6 @@ class Answers:
         if not isinstance(error, TetherError):
             log.error("a call failed", peer=self._line.peer, method=method, exc_info=error)
             error = InternalError("the call failed inside the lab: its log has the traceback")
-        self._deadlines.pop(request_id, None)
         if request_id > 0:
             self._line.post(self._channel, encode_error(request_id, error))
         else:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tether.errors import DeadlineExceededError, PayloadTooLargeError, ProtocolError, TetherError
-from tether.swarm.compact import read_uint, uint
+from tether.swarm.compact import MAX_UINT, read_uint, uint
 from tether.swarm.line import Line
 from tether.swarm.pieces import PIECE_NBYTES, Body, pieces
 from tether.swarm.protomux import Channel
@@ -26,6 +26,14 @@ from tether.swarm.rpc_messages import (
 __all__ = ["Calls"]
 
 _KEPT_METHODS = 256
+
+
+class _Limit(NamedTuple):
+    """How long an answer is waited for, from the moment of the call on."""
+
+    seconds: float
+    end: float
+    """On the loop's clock."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,30 +71,41 @@ class Calls:
         elif not self._line.post_now(self._channel, request):
             await self._line.post_large(self._channel, request)
 
-    async def request(self, method: str, value: bytes, limit: float | None) -> bytes:
-        """See `RpcConnection.request`; `limit` in seconds."""
+    async def request(self, method: str, value: bytes, timeout: float | None) -> bytes:  # noqa: ASYNC109 (it also goes to the peer)
+        """See `RpcConnection.request`; `timeout` in seconds."""
+        limit = None if timeout is None else _Limit(timeout, self._loop.time() + timeout)
         if not self._line.is_clear:
-            await self._line.clear()
+            await self._within(limit, self._line.clear(), "the peer does not read")
         encoded = self._method(method)
         if len(value) > PIECE_NBYTES:
-            if await self._takes_pieces(limit):
-                begin = uint(len(value)) + encoded
-                return await self._in_pieces(begin, value, limit)
+            await self._within(limit, self._settle(), "the peer has not opened the channel, or does not read")
+            if self._beside.opened and not self._beside.closed:
+                return await self._in_pieces(uint(len(value)) + encoded, value, limit)
             _check_size(len(value))
-        request_id, call = self._begin(limit)
-        request = encode_request(request_id, encoded, value)
+        return await self._whole(encoded, value, limit)
+
+    async def _whole(self, method: bytes, value: bytes, limit: _Limit | None) -> bytes:
+        request_id, call = self._begin()
+        request = encode_request(request_id, method, value)
+        if len(value) > SMALL_NBYTES and not self._line.is_free:
+            return await self._while(self._in_turn(request_id, request, limit), request_id, call, limit)
+        self._tell_limit(request_id, limit)
         if len(value) <= SMALL_NBYTES:
             self._line.post(self._channel, request)
-        elif not self._line.post_now(self._channel, request):
-            return await self._while(self._line.post_large(self._channel, request), request_id, call, limit)
+        else:
+            self._line.post_now(self._channel, request)
         return await self._answer(request_id, call, limit)
 
-    async def _takes_pieces(self, limit: float | None) -> bool:
-        await asyncio.wait([self._settled], timeout=limit)
-        if not self._settled.done():
-            raise DeadlineExceededError(f"no answer within {limit:g} s: the peer has not opened the channel")
+    async def _within(self, limit: _Limit | None, waiting: Coroutine[Any, Any, None], why: str) -> None:
+        try:
+            async with asyncio.timeout_at(None if limit is None else limit.end):
+                await waiting
+        except TimeoutError as error:
+            raise DeadlineExceededError(f"no answer within {0 if limit is None else limit.seconds:g} s: {why}") from error
+
+    async def _settle(self) -> None:
+        await asyncio.wait([self._settled])
         await self._line.clear()
-        return self._beside.opened and not self._beside.closed
 
     def on_response(self, message: memoryview) -> None:
         """An answer came. Raises: ProtocolError."""
@@ -94,7 +113,7 @@ class Calls:
         call = self._open.pop(response.id, None)
         if call is None or call.future.done():
             return  # taken back meanwhile
-        self._settle(call, response)
+        self._finish(call, response)
 
     def on_settled(self) -> None:
         """The peer took our own channel, or rejected it."""
@@ -135,7 +154,7 @@ class Calls:
             if not call.future.done():
                 call.future.set_exception(type(error)(*error.args))
 
-    def _settle(self, call: _Call, response: Response) -> None:
+    def _finish(self, call: _Call, response: Response) -> None:
         if response.error is not None:
             call.future.set_exception(response.error)
         elif response.value is None or len(response.value) > self._max_reply_nbytes:
@@ -154,15 +173,24 @@ class Calls:
                 self._methods[method] = encoded
         return encoded
 
-    def _begin(self, limit: float | None) -> tuple[int, _Call]:
+    def _begin(self) -> tuple[int, _Call]:
         self._last_id = request_id = self._last_id + 1
         call = self._open[request_id] = _Call(self._loop.create_future())
-        if limit is not None:
-            self._line.post(self._beside, encode_call(CallMessage.DEADLINE, request_id, uint(max(round(limit * 1000), 0))))
         return request_id, call
 
-    async def _answer(self, request_id: int, call: _Call, limit: float | None) -> bytes:
-        alarm = None if limit is None else self._loop.call_later(limit, _expire, call.future, limit)
+    def _tell_limit(self, request_id: int, limit: _Limit | None) -> None:
+        """Right before the request itself: the peer cuts who tells it of the limits of requests that don't come."""
+        if limit is not None:
+            milliseconds = min(max(0.0, limit.end - self._loop.time()) * 1000, MAX_UINT)
+            self._line.post(self._beside, encode_call(CallMessage.DEADLINE, request_id, uint(round(milliseconds))))
+
+    async def _in_turn(self, request_id: int, request: bytes, limit: _Limit | None) -> None:
+        async with self._line.turn():
+            self._tell_limit(request_id, limit)
+            self._line.post(self._channel, request)
+
+    async def _answer(self, request_id: int, call: _Call, limit: _Limit | None) -> bytes:
+        alarm = None if limit is None else self._loop.call_at(limit.end, _expire, call.future, limit.seconds)
         try:
             return await call.future
         finally:
@@ -171,12 +199,13 @@ class Calls:
             if self._open.pop(request_id, None) is not None:  # nobody waits for it any more
                 self._line.post(self._beside, encode_call(CallMessage.CANCEL, request_id))
 
-    async def _in_pieces(self, begin: bytes, value: bytes, limit: float | None) -> bytes:
-        request_id, call = self._begin(limit)
+    async def _in_pieces(self, begin: bytes, value: bytes, limit: _Limit | None) -> bytes:
+        request_id, call = self._begin()
+        self._tell_limit(request_id, limit)
         self._line.post(self._beside, encode_call(CallMessage.REQUEST, request_id, begin))
         return await self._while(self._send(request_id, call, value), request_id, call, limit)
 
-    async def _while(self, sending: Coroutine[Any, Any, None], request_id: int, call: _Call, limit: float | None) -> bytes:
+    async def _while(self, sending: Coroutine[Any, Any, None], request_id: int, call: _Call, limit: _Limit | None) -> bytes:
         """The answer, or what ends the call before all of it was sent: then no more is."""
         task = self._loop.create_task(sending)
         try:

@@ -39,6 +39,7 @@ __all__ = [
     "encode_method",
     "encode_request",
     "encode_response",
+    "read_method",
     "read_request",
     "read_response",
     "read_value",
@@ -96,10 +97,16 @@ def encode_response(request_id: int, value: bytes) -> bytes:
 def read_request(body: memoryview) -> tuple[int, str, memoryview]:
     """Id, method, and the value as it is on the wire: `read_value` is for whoever was let in. Raises: ProtocolError."""
     request_id, at = read_uint(body, 0)
+    method, at = read_method(body, at)
+    return request_id, method, body[at:]
+
+
+def read_method(body: memoryview, at: int) -> tuple[str, int]:
+    """A method's name, and where what follows begins. Raises: ProtocolError."""
     method, at = read_buffer(body, at)
     if len(method) > _METHOD_NBYTES:
         raise ProtocolError(f"a method whose name has {len(method)} bytes")
-    return request_id, str(method, "utf-8", "replace"), body[at:]
+    return str(method, "utf-8", "replace"), at
 
 
 def read_value(value: memoryview) -> memoryview:
@@ -130,8 +137,16 @@ def encode_error(request_id: int, error: TetherError) -> bytes:
         return encode_failure(request_id, _Failure(text, "UNKNOWN_METHOD"))
     if isinstance(error, ProtocolError):  # the value could not be read
         return encode_failure(request_id, _Failure("Could not decode request", "DECODE_ERROR", text, MalformedRequestError.code))
-    context = orjson.dumps(error.args[1:], default=str).decode() if len(error.args) > 1 else ""
-    return encode_failure(request_id, _Failure("Request failed", "REQUEST_ERROR", text, error.code, context))
+    return encode_failure(request_id, _Failure("Request failed", "REQUEST_ERROR", text, error.code, _context(error)))
+
+
+def _context(error: TetherError) -> str:
+    if len(error.args) <= 1:
+        return ""
+    try:
+        return orjson.dumps(error.args[1:], default=str).decode()
+    except TypeError:  # half a surrogate in a name, a key that is no text: the message and the code go all the same
+        return ""
 
 
 def encode_failure(request_id: int, failure: _Failure) -> bytes:

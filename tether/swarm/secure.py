@@ -265,16 +265,24 @@ class SecureStream:
     def _catch_up(self) -> None:
         self._taking = self._wanted and self._on_message is not None
         if not self._held() and not self._closed:
-            if not self._gone:
-                self._carrier.resume()
-            if self._parts and self._nbytes >= self._needed:
-                data, self._parts = b"".join(self._parts), []
-                self._read(data)
-            self._tell_end()
-            if self._gone and not self._held():
-                self._close(None)
+            self._heard_at = self._loop.time()  # while nobody took it nothing was heard, however much came
+            try:
+                self._deliver_waiting()
+            except BaseException:  # of who takes it: what is behind it can't be told any more, and the peer is not to blame
+                self.destroy()
+                raise
         if self._closed:
             self._tell_close()
+
+    def _deliver_waiting(self) -> None:
+        if not self._gone:
+            self._carrier.resume()
+        if self._parts and self._nbytes >= self._needed:
+            data, self._parts = b"".join(self._parts), []
+            self._read(data)
+        self._tell_end()
+        if self._gone and not self._held():
+            self._close(None)
 
     def _read(self, data: bytes | bytearray | memoryview) -> None:
         at, nbytes = 0, len(data)

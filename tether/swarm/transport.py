@@ -135,7 +135,7 @@ class Transport:
         try:
             found = await asyncio.get_running_loop().getaddrinfo(name, None, family=socket.AF_INET, type=socket.SOCK_DGRAM)
             address = self.number_of(str(found[0][4][0]))
-        except OSError:
+        except (OSError, UnicodeError):  # nobody has this name, or nobody can: a label of it is empty, or too long
             status = FAILED
         control = self.memory.control
         control[0], control[1], control[2] = number, status, address

@@ -19,6 +19,7 @@ from tether.errors import InternalError, LoadFailedError, WorkerLostError
 from tether.runtimes import load
 from tether.runtimes.arrivals import Arrivals, Coming
 from tether.types import Framework, ModelInfo, Tensors
+from tether.worker.discretion import discretion
 from tether.worker.runner_process import RunnerProcess
 from tether.worker.runner_wire import DeadError, Load
 
@@ -133,12 +134,14 @@ class RunnerModel:
     def run(self, inputs: Tensors) -> Tensors:
         """As `LoadedModel.run`; the outputs are copies.
 
-        Raises: WorkerLostError: the process died on it; LoadFailedError: it had died, and could not be started again.
+        Raises: WorkerLostError: the process died on it; LoadFailedError, BadModelError: it had died, and could not be started again (of an
+        encrypted model without its text).
         """
         if self._closed:
             raise InternalError("the model is closed; load it again")
         if self._process is None:
-            self._process = self._start()
+            with discretion(is_needed=bool(self._message.scratch)):
+                self._process = self._start()
         process = self._process
         try:
             return process.run(inputs)

@@ -46,7 +46,7 @@ const commands = {
   destroy: ({ id }) => streams.get(id).stream.destroy(),
   message: ({ id, data }) => streams.get(id).stream.trySend(Buffer.from(data)),
   keepalive: ({ id, ms }) => streams.get(id).stream.setKeepalive(ms),
-  change: ({ id, socket, remote, port }) => streams.get(id).stream.changeRemote(sockets[socket], remote, port, host).catch(() => {}),
+  change: ({ id, socket, remote, port }) => streams.get(id).stream.changeRemote(sockets[socket], remote, port, host)?.catch(() => {}), // null: nothing was on its way, and it has moved already
   relay: ({ id, to }) => streams.get(id).stream.relayTo(streams.get(to).stream),
   nbytes: ({ id }) => say({ id, event: 'nbytes', nbytes: streams.get(id).nbytes }),
   exit: () => process.exit(0)

@@ -335,6 +335,8 @@ async def test_ids_are_free_again_once_a_stream_is_closed(pair):
         lambda pair: End(pair.left_udx, 9).stream.change_remote(pair.left_socket, 2, 1, "127.0.0.1"),
         lambda pair: pair.left_socket.bind(),
         lambda pair: pair.left_udx.socket().bind(0, "203.0.113.7"),
+        lambda pair: pair.left_udx.socket().bind(70_000),
+        lambda pair: pair.left_udx.socket().bind(-1),
         lambda pair: pair.left_socket.send(bytes(65_508), ("127.0.0.1", 1)),
     ],
 )

@@ -161,6 +161,7 @@ class Collector:
     def _withdraw(self, copy: _Copy) -> None:
         """Take back a pack that came to nothing; in a shared folder another store may use it by now, and it is entered like any other."""
         with self._store.publishing:
+            self._store.catalog.check_writer()  # another one may be about to enter it, as it enters all that is unknown
             used = self._store.catalog.packs().union(self._store.unsettled())
             if not self._store.shared.is_shared and copy.name not in used:
                 _delete([self._store.packs / copy.name])
@@ -301,6 +302,7 @@ class Collector:
         """Those that are still forgotten, and since then."""
         store, gone = self._store, []
         with store.publishing:
+            store.catalog.check_writer()  # another one may be about to name one of them again
             with store.catalog.reading() as db:
                 forgotten = tables.forgotten(db)
             for digest in marked.plan.manifests:

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TypeVar
 
 from tether.store.format.layout import BLOB_NBYTES
@@ -54,7 +54,8 @@ def new_memory(nbytes: int, large: int | None = None) -> memoryview:
     # Python's default is to share it with forked children: two processes would then read different blobs into one buffer.
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if large != 0 and hasattr(mmap, "MADV_HUGEPAGE"):  # two page faults in place of a thousand
-        memory.madvise(mmap.MADV_HUGEPAGE, 0, nbytes if large is None else large)
+        with suppress(OSError):  # a kernel that was built without them refuses to be asked
+            memory.madvise(mmap.MADV_HUGEPAGE, 0, nbytes if large is None else large)
     if hasattr(mmap, "MADV_DONTDUMP"):
         memory.madvise(mmap.MADV_DONTDUMP)
     return memoryview(memory)

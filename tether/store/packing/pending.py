@@ -137,10 +137,6 @@ class PendingPack:
         """When something was last added (Unix time). Raises: OSError."""
         return (self._journal if self._journal.exists() else self.data).stat().st_mtime
 
-    @property
-    def is_used(self) -> bool:
-        return bool(self.slots)
-
     def reserve(self, digest: Digest, nbytes: int, phase: int) -> Slot:
         """Room at the end; `phase` is the blob's offset in its file. Not in the journal until `record`."""
         offset = place(self._end, phase)

@@ -35,9 +35,13 @@ class WriterLock:
         """Raises: ConflictError: naming the process that holds it; OSError."""
         for _ in range(_ATTEMPTS):
             lock = cls(path, _locked(path))
-            if lock._is_named():
-                lock._say_who()
-                return lock
+            try:
+                if lock._is_named():
+                    lock._say_who()
+                    return lock
+            except BaseException:
+                lock.release()
+                raise
             lock.release()
         raise ConflictError(f"{path} is replaced again and again: see which program does that, and stop it")
 

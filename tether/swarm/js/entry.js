@@ -16,6 +16,7 @@ const FAILED = 1
 
 function complete (call, status, value) {
   const body = b4a.from(JSON.stringify(value === undefined ? null : value))
+  if (body.byteLength > outbox.byteLength) throw new Error(`the answer has ${body.byteLength} bytes, more than cross at once; ask for less`)
   outbox.set(body)
   control[0] = call
   control[1] = status
@@ -30,13 +31,11 @@ const failure = error => ({
 })
 
 async function answer (call, method, values) {
-  let value
   try {
-    value = await methods[names[method]](values, call)
+    complete(call, OK, await methods[names[method]](values, call))
   } catch (error) {
-    return complete(call, FAILED, failure(error))
+    complete(call, FAILED, failure(error))
   }
-  complete(call, OK, value)
 }
 
 globalThis.tetherEntries = {

@@ -216,10 +216,10 @@ module.exports.methods = {
   async destroy ({ node, force }) {
     const dht = nodes.get(node)
     if (dht === undefined) return
-    nodes.delete(node)
     for (const [handle, server] of servers) {
       if (server.dht === dht) servers.delete(handle)
     }
     await dht.destroy({ force })
+    nodes.delete(node) // not before: who lost patience asks again, by force
   }
 }

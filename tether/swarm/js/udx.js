@@ -38,8 +38,8 @@ function numberOf (host) {
   return ((parts[0] << 24) | (parts[1] << 16) | (parts[2] << 8) | parts[3]) >>> 0
 }
 
-function checkPort (port) {
-  if (!(port > 0 && port < 65536)) throw new Error(port + ' is not a valid port')
+function isPort (port) {
+  return port > 0 && port < 65536
 }
 
 function received (nbytes) {
@@ -125,9 +125,10 @@ class Socket extends EventEmitter {
     return true
   }
 
+  // A port that nobody can have is lost on the way, as with udx-native: hostile nodes name such neighbours, and an exception here would
+  // leave the query that asks them waiting for ever.
   trySend (bytes, port, address, ttl) {
-    if (this.closing) return
-    checkPort(port)
+    if (this.closing || !isPort(port)) return
     const number = numberOf(address || '127.0.0.1')
     if (!this.bound) this.bind()
     outbox.set(bytes)
@@ -203,7 +204,7 @@ class Stream extends Duplex {
 
   _point (work, socket, remoteId, port, address = '127.0.0.1') {
     if (socket.closing) throw new Error('Socket is closed')
-    checkPort(port)
+    if (!isPort(port)) throw new Error(port + ' is not a valid port')
     const number = numberOf(address)
     if (!socket.bound) socket.bind()
     this.socket = socket

@@ -60,6 +60,9 @@ class DatagramSocket:
         try:
             self._set_up(batches_in=batches_in and _IS_LINUX)
             self._socket.bind((host, port))
+        except OverflowError as error:
+            self._socket.close()
+            raise RequestError(f"{port} is no port; name one of 1 to 65535, or 0 for any") from error
         except OSError as error:
             self._socket.close()
             if error.errno == errno.EADDRINUSE:
