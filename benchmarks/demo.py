@@ -1,11 +1,13 @@
 """`make demo`: Tether does its main job, on real models and real data, and every answer is checked.
 
 Starts a lab, publishes three models of handwritten digits and Google's file-type model Magika, calls each through Python, plain HTTP and
-NVIDIA's tritonclient, kills a worker while calling, rolls a version back.  Exits with 0 only if every answer was right.
+NVIDIA's tritonclient, kills a worker while calling, rolls a version back; then a colleague in another place of the swarm (one of this
+machine's own) calls the lab, copies a model, and is sent away.  Exits with 0 only if every answer was right.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,8 +16,9 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from magika import Magika
 from onnx import numpy_helper
 
 import tether
+from tether.testing.testnet import testnet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "datasets"))
 import digits
@@ -37,6 +41,10 @@ ROWS = 12
 KILL_SECONDS = 4.0
 RATE = 20
 """Requests a second while a worker is killed."""
+COLLEAGUE_CHECKS = 6
+"""What `a_colleague` checks: counted as not run where there is no swarm."""
+REFUSED_WITHIN = 5.0
+"""Seconds: calls that run are cut within one, and the next one has to be answered."""
 
 
 @dataclass
@@ -45,6 +53,7 @@ class Verdict:
 
     asked: int = 0
     right: int = 0
+    not_run: int = 0
     notes: list[str] = field(default_factory=list)
 
     def count(self, right: int, asked: int) -> None:
@@ -226,13 +235,81 @@ def roll_back(lab: tether.Lab, case: Case, folder: Path, verdict: Verdict) -> No
     print(f"\npublished {bad} by mistake: says {' '.join(blank)}\nrolled back ({moved!r}): says {' '.join(again)}")
 
 
+def a_colleague(lab: tether.Lab, case: Case, folder: Path, bootstrap: str, verdict: Verdict) -> None:
+    """Another key in another data folder: invited, it calls and copies the model, runs the copy in a lab of its own, and is sent away."""
+    invitation = lab.invite(case.model, scope=["infer", "replicate"], label="colleague")
+    own = by_python(lab, case.model, case.input, case.rows, case.output)
+    begun = time.perf_counter()
+    with tether.connect(str(invitation), data=folder, bootstrap=bootstrap) as there:
+        connected = time.perf_counter() - begun
+        verdict.check("the colleague sees what it was invited to, and no more", holds=list(there.models) == [case.model])
+        times, answers = [], []
+        for _ in range(8):
+            asked = time.perf_counter()
+            answers.append(by_python(there, case.model, case.input, case.rows, case.output))
+            times.append(1000 * (time.perf_counter() - asked))
+        verdict.check("the colleague gets the answers of the lab's own people", holds=all(np.array_equal(each, own) for each in answers))
+        begun = time.perf_counter()
+        replica = there.replicate(case.model)
+        copied = time.perf_counter() - begun
+        print(f"\na colleague, let in after {connected:.1f} s: {case.model} called in the lab, p50 {sorted(times)[len(times) // 2]:.1f} ms")
+        with tether.up(workers=1, data=folder, bootstrap=bootstrap) as here:
+            same = digests(here.models[replica.name]) == digests(lab.models[case.model])
+            verdict.check("the copy has the digests of the model", holds=same)
+            answer = by_python(here, replica.name, case.input, case.rows, case.output)
+            verdict.check("the copy answers as the model", holds=np.array_equal(answer, own))
+            print(f"copied in {copied:.2f} s: {replica}, {'the same digests' if same else 'OTHER DIGESTS'}; answers in the colleague's lab")
+            send_away(lab, there, case, verdict)
+
+
+def digests(model: Any) -> list[str]:
+    return sorted(version.digest for version in model.versions)
+
+
+def send_away(lab: tether.Lab, there: tether.Lab, case: Case, verdict: Verdict) -> None:
+    begun = time.perf_counter()
+    lab.disallow("colleague")
+    refused = refusal(there, case)
+    seconds = time.perf_counter() - begun
+    verdict.check(f"the colleague is refused once it is sent away ({refused!r})", holds=isinstance(refused, tether.errors.ForbiddenError))
+    own = by_python(lab, case.model, case.input, case.rows, case.output)
+    verdict.check("the lab's own people still get answers", holds=len(own) == len(case.rows))
+    print(f"sent away: {'refused' if refused else 'NOT REFUSED'} after {seconds:.2f} s")
+
+
+def refusal(lab: tether.Lab, case: Case) -> tether.TetherError | None:
+    """Why it may not call any more. The call during which the connection is cut fails as one, the next one is told."""
+    end = time.perf_counter() + REFUSED_WITHIN
+    while time.perf_counter() < end:
+        try:
+            by_python(lab, case.model, case.input, case.rows, case.output)
+        except tether.errors.UnavailableError:
+            continue
+        except tether.TetherError as error:
+            return error
+    return None
+
+
+@contextmanager
+def swarm() -> Iterator[str | None]:
+    """By which nodes the two labs find each other: of a DHT within this machine, so that nothing of a demo is announced to the world.
+
+    None: this installation has no swarm.
+    """
+    if importlib.util.find_spec("pythonmonkey") is None:
+        yield None
+        return
+    with testnet() as net:
+        yield net.bootstrap
+
+
 def main() -> int:
     begun = time.perf_counter()
     verdict = Verdict()
     data = digits.load()
-    with tempfile.TemporaryDirectory(prefix="tether-demo-") as folder, ThreadPoolExecutor() as pool:
+    with tempfile.TemporaryDirectory(prefix="tether-demo-") as folder, ThreadPoolExecutor() as pool, swarm() as bootstrap:
         training = pool.submit(train.build)
-        with tether.up(workers=2, data=folder) as lab:
+        with tether.up(workers=2, data=Path(folder, "lab"), swarm=bootstrap is not None, bootstrap=bootstrap) as lab:
             print(f"{lab!r} up after {time.perf_counter() - begun:.1f} s")
             cases = [*digit_cases(data), magika_case()]
             training.result()
@@ -241,10 +318,16 @@ def main() -> int:
             call_all(lab, cases, verdict)
             kill_a_worker(lab, cases[0], verdict)
             roll_back(lab, cases[0], Path(folder), verdict)
+            if bootstrap is None:
+                verdict.not_run += COLLEAGUE_CHECKS
+                print("\nno colleague: PythonMonkey is missing, with which labs find each other (pip install 'tether[swarm]')")
+            else:
+                a_colleague(lab, cases[0], Path(folder, "colleague"), bootstrap, verdict)
     ok = verdict.right == verdict.asked
     for note in verdict.notes:
         print(f"wrong: {note}")
-    print(f"\n{verdict.right} of {verdict.asked} checks right, {time.perf_counter() - begun:.1f} s{'' if ok else ': FAILED'}")
+    left_out = f", {verdict.not_run} not run" if verdict.not_run else ""
+    print(f"\n{verdict.right} of {verdict.asked} checks right{left_out}, {time.perf_counter() - begun:.1f} s{'' if ok else ': FAILED'}")
     return 0 if ok else 1
 
 

@@ -13,6 +13,8 @@ import pytest
 REQUIRE = "TETHER_REQUIRE"
 """`all`: what a test needs and does not find fails the run instead of skipping the test; .ci/run sets it."""
 
+os.environ["TETHER_BOOTSTRAP"] = "127.0.0.1:9"  # no test speaks with Hyperswarm's public nodes; those that need a DHT make one
+
 # The same examples on every run and no deadline: a test fails for what the code does, not for the luck of the draw or a busy machine.
 hypothesis.settings.register_profile("here", derandomize=True, deadline=None, max_examples=50, print_blob=True)
 hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("here"), max_examples=30)

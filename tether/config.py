@@ -18,7 +18,7 @@ import platformdirs
 
 from tether.errors import ConfigError
 
-__all__ = ["GATEWAY_PORT", "HOUSEKEEPING", "MANAGER_PORT", "ORCHESTRATOR_PORT", "DataFolder", "Limits", "worker_ports"]
+__all__ = ["GATEWAY_PORT", "HOUSEKEEPING", "MANAGER_PORT", "ORCHESTRATOR_PORT", "DataFolder", "Limits", "bootstrap_nodes", "worker_ports"]
 
 GATEWAY_PORT = 8000
 ORCHESTRATOR_PORT = 8002
@@ -32,6 +32,28 @@ def worker_ports(count: int) -> list[int]:
     [8001, 8003, 8005]
     """
     return [8001 + 2 * index for index in range(count)]
+
+
+BOOTSTRAP_ENV = "TETHER_BOOTSTRAP"
+
+
+def bootstrap_nodes(text: str | None = None) -> tuple[tuple[str, int], ...] | None:
+    """Where the swarm's DHT is entered: `host:port,…` as given, else as `TETHER_BOOTSTRAP` says; None: Hyperswarm's public nodes.
+
+    >>> bootstrap_nodes("dht.example.org:49737,[::1]:7000")
+    (('dht.example.org', 49737), ('::1', 7000))
+
+    Raises: ConfigError.
+    """
+    text = text or os.environ.get(BOOTSTRAP_ENV)
+    return tuple(map(_node, text.split(","))) if text else None
+
+
+def _node(text: str) -> tuple[str, int]:
+    host, _, port = text.strip().rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:  # noqa: PLR2004 (ports)
+        raise ConfigError(f"{text[:80]!r} is no node to begin with: write host:port,host:port (--bootstrap, {BOOTSTRAP_ENV})")
+    return host.strip("[]"), int(port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +124,11 @@ class DataFolder:
         return self.root / "run"
 
     @property
+    def lab_lock(self) -> Path:
+        """Held by the supervisor of the lab for as long as it lives."""
+        return self.run / "lab.lock"
+
+    @property
     def lease(self) -> Path:
         """What the orchestrator remembers of who may write the store."""
         return self.root / "lease.json"
@@ -123,6 +150,11 @@ class DataFolder:
         """
         digest = hashlib.sha256(str(self.root).encode()).hexdigest()[:12]
         return Path(tempfile.gettempdir()) / f"tether-{os.getuid()}" / digest
+
+    @property
+    def door(self) -> Path:
+        """Socket of the manager, for this user's notebooks and programs."""
+        return self.runtime / "manager.sock"
 
 
 def _make_own(folder: Path) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "BadNameError",
     "BadScopeError",
     "BadSignatureError",
+    "BadTermsError",
     "ChunkAlteredError",
     "ChunkMissingError",
     "ClusterKeyMissingError",
@@ -49,6 +50,7 @@ __all__ = [
     "MalformedManifestError",
     "MalformedRecordError",
     "MalformedRequestError",
+    "ManagerLeavingError",
     "MethodNotAllowedError",
     "MissingBlobsError",
     "MissingDependencyError",
@@ -70,6 +72,7 @@ __all__ = [
     "RemoteError",
     "RequestError",
     "RequestTimeoutError",
+    "ScopeStillOpenError",
     "ServiceUnavailableError",
     "StartFailedError",
     "StoreError",
@@ -86,6 +89,7 @@ __all__ = [
     "UnsupportedError",
     "UntrustedCodeError",
     "WorkerLostError",
+    "WrongBytesError",
     "from_code",
 ]
 
@@ -257,6 +261,12 @@ class BadScopeError(RequestError, ValueError):
     code = "bad_scope"
 
 
+class BadTermsError(RequestError, ValueError):
+    """What an invitation is to be good for makes no sense: how often, or how long."""
+
+    code = "bad_terms"
+
+
 class BadInvitationError(ForbiddenError):
     """The invitation does not admit: unknown, expired, used up or revoked."""
 
@@ -317,6 +327,12 @@ class ConflictError(RequestError):
     code = "conflict"
     http_status = 409
     grpc_status = "FAILED_PRECONDITION"
+
+
+class ScopeStillOpenError(ConflictError):
+    """A scope was to be taken from a peer, and another one of its would still open the same. Nothing was taken. `args[1]` lists those."""
+
+    code = "scope_still_open"
 
 
 class MissingBlobsError(ConflictError):
@@ -449,6 +465,12 @@ class NotWriterError(ServiceUnavailableError):
     code = "not_writer"
 
 
+class ManagerLeavingError(ServiceUnavailableError):
+    """The manager is about to end. Nothing was done: who calls again is answered by the next one."""
+
+    code = "manager_leaving"
+
+
 class StartFailedError(UnavailableError):
     """The lab, or one of its services, did not come up."""
 
@@ -520,6 +542,12 @@ class ProtocolError(RemoteError, ValueError):
     """A peer broke a rule of a protocol, or a limit: the connection to it is cut."""
 
     code = "protocol_error"
+
+
+class WrongBytesError(ProtocolError):
+    """A peer gave other bytes than the digest says that they are: it is not asked again."""
+
+    code = "wrong_bytes"
 
 
 class PeerFailedError(RemoteError, RuntimeError):

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from tether.types import Digest, Framework, ModelFormat, ModelInfo, Tensors
 
 __all__ = [
+    "Admitting",
     "BlobSource",
+    "Copying",
     "Endpoint",
     "Hop",
     "HopReply",
@@ -19,6 +21,7 @@ __all__ = [
     "Management",
     "MessageStream",
     "OnReply",
+    "Replicating",
     "Runtime",
     "SignedManifest",
     "Transport",
@@ -121,7 +124,155 @@ class Transport(Protocol):
         ...
 
 
-class Management(Protocol):
+class Admitting(Protocol):
+    """Who is let in from outside, and what for: `Management` has it. `peer`: a key, an address, a petname, or the label of one alone.
+
+    Each raises BadKeyError, BadAddressError and BadScopeError for what is none, NoSpaceError and StoreError.
+    """
+
+    async def address(self) -> dict[str, Any]:
+        """`{"address": "tether://…", "publisher": the key}`: how other labs find this one."""
+        ...
+
+    async def invite(self, scopes: Sequence[str], expires: str | float, uses: int, label: str) -> dict[str, Any]:
+        """Make an invitation: its row (`invitations`) with `url`, the only place where its secret is. `expires`: seconds, "30d", "never".
+
+        Raises: BadTermsError: `expires`, `uses`; BadNameError: `label`; ConflictError: too many are open.
+        """
+        ...
+
+    async def invitations(self) -> list[dict[str, Any]]:
+        """`{"id", "scopes", "label", "created", "expires", "uses", "peers": keys that came by it, "problem": why it admits nobody}`."""
+        ...
+
+    async def revoke_invitation(self, invitation: str) -> dict[str, Any]:
+        """Its row; those that came by it stay. Raises: NotFoundError."""
+        ...
+
+    async def allow(self, peer: str, scopes: Sequence[str], label: str | None = None) -> dict[str, Any]:
+        """`{"peer", "scopes": all that it has then, "envelopes": name → base64}`, an envelope for each `decrypt:NAME` that was given.
+
+        Raises: ForbiddenError: it is banned; LockedModelError: no model of the name is encrypted.
+        """
+        ...
+
+    async def disallow(self, peer: str, scopes: Sequence[str] | None) -> dict[str, Any]:
+        """Take scopes (None: everything) from a peer, at once. What it could decrypt gets a new key for later versions.
+
+        The answer: `{"peer", "taken", "scopes": what is left, "invitations": ids by which another key could still come, "message",
+        "models": those with a new key, "envelopes": name → peer that stays → base64}`. Raises: NotFoundError; ScopeStillOpenError: nothing
+        was taken.
+        """
+        ...
+
+    async def ban(self, peer: str, reason: str) -> dict[str, Any]:
+        """Speak with it no more, whatever it was allowed: its row (`peers`)."""
+        ...
+
+    async def unban(self, peer: str) -> dict[str, Any]:
+        """Forgive it: its row. Raises: NotFoundError."""
+        ...
+
+    async def peers(self) -> list[dict[str, Any]]:
+        """Every key that was let in, sent away, named, or is connected: `{"peer", "address", "label", "petname", "scopes", "since",
+        "revoked", "banned"}`, and `"route"`, `"round_trip"`, `"versions"`, null where it is not connected.
+        """
+        ...
+
+    async def name_peer(self, peer: str, petname: str) -> dict[str, Any]:
+        """Call a lab by a name of one's own: `{"peer", "petname"}`. Raises: BadNameError; ConflictError: another one has it."""
+        ...
+
+    async def audit(self, most: int) -> list[dict[str, Any]]:
+        """The latest changes of all this, oldest first: `{"at", "action", "subject", "detail"}`."""
+        ...
+
+    async def accept(self, envelope: str) -> dict[str, Any]:
+        """Keep the keys that `allow` gave elsewhere for this lab: `{"publisher", "name", "new_keys"}`.
+
+        Raises: BadEnvelopeError; ConflictError: they are for a model of this lab itself.
+        """
+        ...
+
+    async def rotate(self) -> dict[str, Any]:
+        """Replace the cluster key, which wraps all model keys: `{"cluster_key": its id, "rewrapped", "resumed"}`."""
+        ...
+
+
+class Replicating(Protocol):
+    """What is kept here of other labs: `Management` has it. A publisher is named by its key, its address, or a petname.
+
+    Each raises UnsupportedError where the lab speaks with no other lab, BadKeyError, BadAddressError.
+    """
+
+    async def join(self, url: str) -> dict[str, Any]:
+        """Find the lab of `tether://…`; with a secret, be let in there: `{"publisher", "scopes": all that this lab may do there, or None}`.
+
+        Raises: PeerNotFoundError, PeerUnreachableError; BadInvitationError; ForbiddenError: it does not let this lab in.
+        """
+        ...
+
+    async def replicate(self, publisher: str, model: str, via: str | None = None, wait: float = 20.0) -> dict[str, Any]:
+        """Keep a model of another lab here, from now on. Answers when all of it is here, or after `wait` seconds: then call again.
+
+        The answer: `{"publisher", "model", "versions": as they are called here, "done", "fraction", "done_nbytes", "nbytes", "rate",
+        "peers": that give something, "error": [code, text] or None}`. `model`: as the publisher calls it; `*`: all of them. `via`: another
+        lab that has it. Raises: what keeps it from ever coming (ForbiddenError, UntrustedCodeError …); it is not kept then.
+        """
+        ...
+
+    async def replications(self) -> list[dict[str, Any]]:
+        """What is kept, as `replicate` answers."""
+        ...
+
+    async def release(self, publisher: str, model: str) -> dict[str, Any]:
+        """Keep it no longer up to date; what is here stays."""
+        ...
+
+
+class Copying(Protocol):
+    """Copies of models in several labs, by policies: `Management` has it. A lab is named by its key, its address, or a petname.
+
+    Each raises BadKeyError, BadAddressError; StoreError: what was agreed can't be remembered.
+    """
+
+    async def set_policy(self, model: str, policy: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Agree on copies of a model of this lab, there or yet to come; `*`: of each that has no policy of its own; None: on none.
+
+        `policy`: `{"copies", "regions", "pin", "budget"}`, each with a default. The answer: `{"model", "policy"}`.
+        Raises: BadInputError, MalformedRequestError, BadNameError.
+        """
+        ...
+
+    async def policies(self) -> dict[str, Any]:
+        """Model → policy."""
+        ...
+
+    async def hold(self, publisher: str, region: str = "", room: int | None = None) -> dict[str, Any]:
+        """Hold copies of its models here, as its policies say, from now on: `{"publisher", "region", "room"}`.
+
+        Raises: ForbiddenError: it does not allow it; PeerNotFoundError, PeerUnreachableError; UnsupportedError where the lab speaks with
+        no other lab; BadInputError.
+        """
+        ...
+
+    async def holdings(self) -> list[dict[str, Any]]:
+        """For whom, as `hold` answers."""
+        ...
+
+    async def end_holding(self, publisher: str) -> dict[str, Any]:
+        """Hold none for it any more; what is here stays."""
+        ...
+
+    async def copies(self, model: str) -> dict[str, Any]:
+        """Who has a model: `{"model", "publisher", "policy": or None, "labs": [{"peer", "petname", "own", "state", "here"}], "short"}`.
+
+        `state`: whole, coming; `short`: why there are fewer than agreed, or None. Raises: UnknownModelError.
+        """
+        ...
+
+
+class Management(Admitting, Replicating, Copying, Protocol):
     """What the manager does for the gateway. Arguments and answers are plain JSON values, as on the wire of `/tether/v1`.
 
     Each raises the errors of the tree that its work can raise (`UnknownModelError`, `MissingBlobsError`, …), and
@@ -207,31 +358,6 @@ class Management(Protocol):
         ...
 
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]: ...
-
-    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
-        """Let a lab open encrypted models (`decrypt:NAME`): `{"peer", "scopes", "envelopes": name → base64}`, for it alone.
-
-        Raises: BadNameError, BadKeyError; LockedModelError: no model of the name is encrypted.
-        """
-        ...
-
-    async def revoke_decrypt(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
-        """Give later versions a key that a lab doesn't get.
-
-        The answer: `{"peer", "models", "message", "envelopes": name → peer that stays → base64}`.
-        """
-        ...
-
-    async def accept(self, envelope: str) -> dict[str, Any]:
-        """Keep the keys that `allow` gave elsewhere for this lab: `{"publisher", "name", "new_keys"}`.
-
-        Raises: BadEnvelopeError; ConflictError: they are for a model of this lab itself.
-        """
-        ...
-
-    async def rotate(self) -> dict[str, Any]:
-        """Replace the cluster key, which wraps all model keys: `{"cluster_key": its id, "rewrapped", "resumed"}`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from tether.cli import tether
 from tether.cli.logs import last_lines
 
 COMMANDS = {
-    "accept", "alias", "allow", "diff", "disallow", "doctor", "down", "export", "gateway", "gc", "infer", "logs", "manager", "models",
-    "orchestrator", "publish", "repair", "rm", "rollback", "rotate", "show", "status", "trust", "up", "verify", "worker",
+    "accept", "alias", "allow", "diff", "disallow", "doctor", "down", "enrol", "export", "gateway", "gc", "hold", "infer", "invite",
+    "logs", "manager", "models", "orchestrator", "peers", "policy", "publish", "repair", "replicate", "rm", "rollback", "rotate", "show",
+    "status", "trust", "up", "verify", "worker",
 }  # fmt: skip
 
 

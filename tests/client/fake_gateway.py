@@ -19,6 +19,7 @@ from tether.errors import (
     DigestMismatchError,
     MissingBlobsError,
     NotFoundError,
+    ScopeStillOpenError,
     TetherError,
     UnauthenticatedError,
     UnknownModelError,
@@ -28,6 +29,7 @@ from tether.types import ModelInfo, ModelVersion, TensorSpec
 from tether.wire.oip import decode_request, encode_error, encode_response
 
 KEY = "tk_test"
+ADDRESS = "tether://" + "y" * 56
 
 
 def spec(name: str, datatype: str, *shape: int) -> dict[str, Any]:
@@ -44,6 +46,8 @@ class FakeGateway:
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     manifests: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     trusted: dict[str, list[str]] = field(default_factory=dict)
+    invitations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     """`METHOD path` of every request, in order."""
     called: threading.Event = field(default_factory=threading.Event)
@@ -75,6 +79,17 @@ class FakeGateway:
         route("GET", "/tether/v1/workers", self.workers)
         route("GET", "/tether/v1/status", self.status)
         route("PUT", "/tether/v1/trust/{publisher}", self.trust)
+        route("GET", "/tether/v1/address", self.address)
+        route("POST", "/tether/v1/invitations", self.invite)
+        route("GET", "/tether/v1/invitations", self.list_invitations)
+        route("DELETE", "/tether/v1/invitations/{id}", self.revoke_invitation)
+        route("GET", "/tether/v1/peers", self.list_peers)
+        route("PUT", "/tether/v1/peers/{peer}", self.allow)
+        route("POST", "/tether/v1/peers/{peer}/disallow", self.disallow)
+        route("PUT", "/tether/v1/peers/{peer}/ban", self.ban)
+        route("DELETE", "/tether/v1/peers/{peer}/ban", self.ban)
+        route("PUT", "/tether/v1/peers/{peer}/petname", self.name_peer)
+        route("GET", "/tether/v1/audit", self.audit)
         return app
 
     @web.middleware
@@ -264,6 +279,64 @@ class FakeGateway:
     async def trust(self, request: web.Request) -> web.Response:
         self.trusted[request.match_info["publisher"]] = (await request.json())["scopes"]
         return web.json_response({})
+
+    async def address(self, _: web.Request) -> web.Response:
+        return web.json_response({"address": ADDRESS, "publisher": "ab" * 32})
+
+    async def invite(self, request: web.Request) -> web.Response:
+        asked, number = await request.json(), f"{len(self.invitations):08x}"
+        row = asked | {"id": number, "created": 1.5, "expires": 1.5 + 2592000, "terms": asked["expires"], "peers": [], "problem": None}
+        self.invitations[number] = row
+        return web.json_response(row | {"url": f"{ADDRESS}#{number}"}, status=201)
+
+    async def list_invitations(self, _: web.Request) -> web.Response:
+        return web.json_response({"invitations": list(self.invitations.values())})
+
+    async def revoke_invitation(self, request: web.Request) -> web.Response:
+        row = self.invitations.get(request.match_info["id"])
+        if row is None:
+            raise NotFoundError("there is no such invitation")
+        row["problem"] = "was revoked"
+        return web.json_response(row)
+
+    def _peer(self, request: web.Request) -> dict[str, Any]:
+        name = request.match_info["peer"]
+        key = next((key for key, row in self.peers.items() if row["petname"] == name), name)
+        return self.peers.setdefault(key, {"peer": key, "address": ADDRESS, "label": "", "petname": None, "scopes": [], "since": 1.5})
+
+    async def list_peers(self, _: web.Request) -> web.Response:
+        return web.json_response({"peers": list(self.peers.values())})
+
+    async def allow(self, request: web.Request) -> web.Response:
+        asked, row = await request.json(), self._peer(request)
+        row["scopes"] += asked["scopes"]
+        row["label"] = asked["label"] or row["label"]
+        envelopes = {scope.removeprefix("decrypt:"): "AAAA" for scope in asked["scopes"] if scope.startswith("decrypt:")}
+        return web.json_response({"peer": row["peer"], "scopes": row["scopes"], "envelopes": envelopes})
+
+    async def disallow(self, request: web.Request) -> web.Response:
+        asked, row = (await request.json())["scopes"], self._peer(request)
+        if asked == ["infer:digits"] and "infer" in row["scopes"]:
+            raise ScopeStillOpenError("it has infer, which opens the same", ["infer"])
+        gone = row["scopes"] if asked is None else asked
+        row["scopes"] = [scope for scope in row["scopes"] if scope not in gone]
+        envelopes = {"net": {"cd" * 32: "BBBB"}} if "decrypt:net" in gone else {}
+        answer = {"peer": row["peer"], "taken": gone, "scopes": row["scopes"], "invitations": ["00000000"], "message": "taken"}
+        return web.json_response(answer | {"models": list(envelopes), "envelopes": envelopes})
+
+    async def ban(self, request: web.Request) -> web.Response:
+        row = self._peer(request)
+        row["banned"] = (await request.json())["reason"] if request.method == "PUT" else None
+        return web.json_response(row)
+
+    async def name_peer(self, request: web.Request) -> web.Response:
+        row = self._peer(request)
+        row["petname"] = (await request.json())["petname"]
+        return web.json_response({"peer": row["peer"], "petname": row["petname"]})
+
+    async def audit(self, request: web.Request) -> web.Response:
+        line = {"at": 1.5, "action": "invite", "subject": "00000000", "detail": "infer"}
+        return web.json_response({"lines": [line] * int(request.query["most"])})
 
 
 class Served:

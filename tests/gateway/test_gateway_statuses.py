@@ -212,20 +212,76 @@ def test_management_is_mapped_one_to_one(gateway):
     assert ask(gateway, "PUT", "/tether/v1/trust/alice", {"scopes": ["code"]}, AUTH)[2] == {"publisher": "alice", "scopes": ["code"]}
 
 
+def test_who_is_let_in_is_mapped_one_to_one_and_asks_for_a_key(gateway):
+    calls, root, peer, scopes = gateway.dispatcher.management.calls, "/tether/v1", f"/tether/v1/peers/{'b' * 64}", ["infer:ident"]
+    assert ask(gateway, "POST", f"{root}/invitations", {"scopes": scopes}, AUTH)[0] == 201
+    for method, path, body in (
+        ("POST", f"{root}/invitations", {"scopes": scopes, "expires": 60, "uses": 3, "label": "for alice"}),
+        ("GET", f"{root}/invitations", None),
+        ("DELETE", f"{root}/invitations/12ab34cd", None),
+        ("GET", f"{root}/address", None),
+        ("GET", f"{root}/peers", None),
+        ("PUT", peer, {"scopes": scopes}),
+        ("PUT", peer, {"scopes": scopes, "label": "alice"}),
+        ("POST", f"{peer}/disallow", {"scopes": scopes}),
+        ("POST", f"{peer}/disallow", {"scopes": None}),
+        ("PUT", f"{peer}/ban", {"reason": "shouted"}),
+        ("DELETE", f"{peer}/ban", None),
+        ("PUT", f"{root}/peers/alice/petname", {"petname": "al"}),
+        ("GET", f"{root}/audit?most=7", None),
+    ):
+        assert ask(gateway, method, path, body, AUTH)[0] in {200, 201}
+        assert ask(gateway, method, path, body)[0] == 401
+    assert calls[-14:] == [
+        ("invite", scopes, "30d", 1, ""),
+        ("invite", scopes, 60, 3, "for alice"),
+        ("invitations",),
+        ("revoke_invitation", "12ab34cd"),
+        ("address",),
+        ("peers",),
+        ("allow", "b" * 64, scopes, None),
+        ("allow", "b" * 64, scopes, "alice"),
+        ("disallow", "b" * 64, scopes),
+        ("disallow", "b" * 64, None),
+        ("ban", "b" * 64, "shouted"),
+        ("unban", "b" * 64),
+        ("name_peer", "alice", "al"),
+        ("audit", 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "invitations", {}),
+        ("POST", "invitations", {"scopes": "infer"}),
+        ("POST", "invitations", {"scopes": ["infer"], "uses": "1"}),
+        ("POST", "invitations", {"scopes": ["infer"], "uses": True}),
+        ("POST", "invitations", {"scopes": ["infer"], "expires": None}),
+        ("POST", "invitations", {"scopes": ["infer"], "label": 1}),
+        ("PUT", "peers/x", {"scopes": [1]}),
+        ("PUT", "peers/x", {"scopes": ["infer"], "label": 1}),
+        ("POST", "peers/x/disallow", {}),
+        ("POST", "peers/x/disallow", {"scope": ["infer"]}),
+        ("PUT", "peers/x/ban", {"reason": 1}),
+        ("PUT", "peers/x/petname", {}),
+        ("GET", "audit?most=-1", None),
+        ("GET", "audit?most=many", None),
+    ],
+)
+def test_a_body_that_is_none_takes_and_gives_nothing(gateway, method, path, body):
+    before = len(gateway.dispatcher.management.calls)
+    status, _, error = ask(gateway, method, f"/tether/v1/{path}", body, AUTH)
+    assert (status, error["code"]) == (400, "malformed_request")
+    assert len(gateway.dispatcher.management.calls) == before
+
+
 def test_what_encrypted_models_need_is_mapped_one_to_one(gateway):
-    calls, root, scopes = gateway.dispatcher.management.calls, "/tether/v1", {"scopes": ["decrypt:ident"]}
-    ask(gateway, "PUT", f"{root}/grants/{'b' * 64}", scopes, AUTH)
-    ask(gateway, "POST", f"{root}/grants/{'b' * 64}/revoke", scopes, AUTH)
+    calls, root = gateway.dispatcher.management.calls, "/tether/v1"
     ask(gateway, "POST", f"{root}/envelopes", {"envelope": "AAAA"}, AUTH)
     ask(gateway, "POST", f"{root}/cluster-key/rotate", {}, AUTH)
-    assert calls[-4:] == [
-        ("allow", "b" * 64, ["decrypt:ident"]),
-        ("revoke_decrypt", "b" * 64, ["decrypt:ident"]),
-        ("accept", "AAAA"),
-        ("rotate",),
-    ]
+    assert calls[-2:] == [("accept", "AAAA"), ("rotate",)]
     assert ask(gateway, "POST", f"{root}/envelopes", {"envelope": 1}, AUTH)[0] == 400
-    assert ask(gateway, "PUT", f"{root}/grants/x", {"scopes": "decrypt:ident"}, AUTH)[0] == 400
     blob = f"{root}/blobs/{'a' * 64}"
     assert ask(gateway, "PUT", f"{blob}?encrypt=ident", b"1", AUTH)[2] == {"digest": "a" * 64, "encrypt": "ident"}
     assert ask(gateway, "GET", f"{blob}?version=ident%3A2", headers=AUTH)[2] == b"ident:2"

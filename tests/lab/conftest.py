@@ -26,12 +26,12 @@ def write_model(path, scale=1.0):
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     """The lab that tests share: they publish under names of their own and leave its processes alone."""
-    with tether.up(workers=2, data=tmp_path_factory.mktemp("lab")) as started:
+    with tether.up(workers=2, data=tmp_path_factory.mktemp("lab"), swarm=False) as started:
         yield started
 
 
 @pytest.fixture
 def own_lab(tmp_path):
     """A lab for a test that breaks it."""
-    with tether.up(workers=2, data=tmp_path / "data") as started:
+    with tether.up(workers=2, data=tmp_path / "data", swarm=False) as started:
         yield started

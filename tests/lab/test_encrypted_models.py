@@ -183,5 +183,5 @@ def test_the_keys_are_given_taken_and_rotated_from_the_command_line(lab, tmp_pat
     rotated = tether_("rotate")
     assert (rotated.exit_code, "back it up" in rotated.stdout) == (0, True), rotated.stderr
     assert len(list((Path(data) / "keys").glob("cluster-*.key"))) == 1
-    assert tether_("allow", peer, "--scope", "infer:shared").exit_code == 1
+    assert tether_("allow", peer, "--scope", "decrypt:nothing-of-this-name").exit_code == 1
     np.testing.assert_array_equal(lab.models["shared"].weights["first"].shape, (64, 256))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -269,3 +270,29 @@ def test_gpus_that_are_not_there_are_refused(tmp_path):
         pytest.skip("this machine has a GPU")
     with pytest.raises(errors.ConfigError, match="--pretend-gpus"):
         tether.up(workers=1, gpus=1, data=tmp_path / "data")
+
+
+def test_a_manager_whose_port_somebody_took_meanwhile_comes_back_on_another_one(own_lab, tmp_path):
+    own_lab.publish("tiny", write_model(tmp_path / "tiny.onnx"))
+
+    def manager():
+        return next(service for service in own_lab.status().services if service.role == "manager")
+
+    before = manager()
+    host, port = before.address.removeprefix("tls://").rsplit(":", 1)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        os.kill(before.pid, signal.SIGKILL)
+        eventually(lambda: bound(taken, (host, int(port))))
+        taken.listen()
+        after = eventually(lambda: (found := manager()).state == "running" and found.pid != before.pid and found)
+        assert after.address != before.address
+        assert eventually(lambda: own_lab.publish("tiny", write_model(tmp_path / "tiny2.onnx", 2.0)).version == 2)
+
+
+def bound(taken, address):
+    try:
+        taken.bind(address)
+    except OSError:
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tether.manager.feed_content import content_of, states_of, wanted
+from tether.manager.peering.feed_content import content_of, states_of, wanted
 from tether.ports import SignedManifest
 from tether.security.identity import Identity
 from tether.store import Manifest, Repository, encode, signed_message

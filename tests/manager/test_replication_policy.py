@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tether.errors import BadInputError
-from tether.manager.progress import Progress
-from tether.manager.replication import PATIENCE, Copies, Plan, Policy, Presence, Site, plan
+from tether.manager.peering.progress import Progress
+from tether.manager.peering.replication import PATIENCE, Copies, Plan, Policy, Presence, Site, plan
 
 LABS = [f"{number:064x}" for number in range(1, 9)]
 MIB = 1 << 20

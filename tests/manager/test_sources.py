@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.manager.sources import Sources
+from tether.manager.peering.sources import Sources
 from tether.swarm.bandwidth import TokenBucket
 
 BLOB = 4 << 20
@@ -105,6 +105,43 @@ def test_of_thousands_of_blobs_those_that_are_others_to_ask_for_are_not_gone_thr
     assert 0 < len(tried) < 50
 
 
+def test_of_thousands_of_blobs_that_others_have_none_is_gone_through_for_the_origin_that_has_nothing_to_do(monkeypatch):
+    count, tried = 5000, []
+    sources, sizes = Sources(count, ME, "v"), [BLOB] * count
+    sources.joined("origin", everything(count), 0.0, is_origin=True)
+    for number in range(8):
+        sources.joined(f"p{number}", everything(count), 0.0)
+    asked = sources.next(range(count), sizes, 0.0)
+    sources.arrived(asked[0].peer, asked[0].index, 0.1)
+    ask = sources.ask
+    monkeypatch.setattr(sources, "ask", lambda *blob: tried.append(blob) or ask(*blob))
+    more = sources.next([index for index in range(count) if index not in {asking.index for asking in asked}], sizes, 0.1)
+    assert {asking.peer for asking in more} == {asked[0].peer}
+    assert 0 < len(tried) < 50
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.booleans(), min_size=12, max_size=12), st.sampled_from([1e3, 1e6, 3e6, 8e6, 1e8])), max_size=5),
+    st.sampled_from([1e5, 2e6, 8e6, 1e8]),
+    st.integers(0, 8),
+    st.sampled_from([0.5, 3.0]),
+)
+def test_what_is_not_gone_through_would_not_have_been_asked_for(others, origins_rate, asked, now):
+    made = []
+    for is_filtered in (True, False):
+        sources = Sources(12, ME, "v")
+        sources.joined("origin", everything(12), 0.0, is_origin=True)
+        for number, (bits, rate) in enumerate(others):
+            sources.joined(f"p{number}", bits, 0.0)
+            sources._peers[f"p{number}"].rate = rate
+        sources._peers["origin"].rate = origins_rate
+        busy = {index for index in range(asked) if sources.ask(index, BLOB, 0.0)}
+        if not is_filtered:
+            sources._askable = lambda *_: (np.ones(12, bool), np.ones(12, bool))
+        made.append(sources.next([index for index in range(12) if index not in busy], [BLOB] * 12, now))
+    assert made[0] == made[1]
+
+
 def test_a_peer_that_claims_what_it_lacks_is_not_asked_for_it_again():
     sources = Sources(1, ME, "v")
     sources.joined("a", [True], 0.0)
@@ -145,6 +182,17 @@ def test_a_peer_at_one_byte_a_second_costs_two_seconds_and_then_little():
     assert sources.arrived("quick", stuck, 2.2) == ["slow"]
     assert sources.peers["quick"] > 4 * sources.peers["slow"]
     assert [sources.ask(index, BLOB, 2.3).peer for index in range(1, 3)] == ["quick", "quick"]
+
+
+def test_a_connection_that_is_lost_with_much_on_it_is_one_failure():
+    sources = Sources(8, ME, "v")
+    sources.joined("a", everything(8), 0.0)
+    for index in range(8):
+        sources.ask(index, 1000, 0.0)
+    for index in range(8):
+        sources.failed("a", index, 1.0)
+    assert sources.ask(0, 1000, 1.05) is None
+    assert sources.ask(0, 1000, 1.2).peer == "a"
 
 
 def test_the_cap_on_what_comes_in_is_that_of_all_downloads_together():

@@ -77,7 +77,7 @@ class Cluster:
             shutil.copytree(first.tls, root / name / "tls")
             port = free_port()
             self.addresses[name] = f"tls://127.0.0.1:{port}"
-            self.managers[name] = Service("manager", self.address, "--data", root / name, "--port", port)
+            self.managers[name] = Service("manager", self.address, "--data", root / name, "--port", port, "--no-swarm")
         self.table, self.pushed = Table(), asyncio.Event()
 
     async def __aenter__(self):
@@ -321,9 +321,12 @@ async def test_a_late_follower_becomes_of_the_same_lab_fetches_everything_and_ma
     await cluster.client.set_alias(f"{ALICE.public[:12]}~net", "prod", 3)
     await cluster.client.delete_version(f"{ALICE.public[:12]}~net", 5)
     await cluster.client.trust(ALICE.public, ["code"])
+    invited = await cluster.client.invite(["infer:net"], "30d", 2, "")
     await cluster.start("b")
     await cluster.in_step("b")
     assert history(cluster.root / "a") == history(cluster.root / "b")
+    await cluster.client.allow(ALICE.public, ["replicate"])  # it is answered when the follower has it
+    assert all_rows(cluster.root / "b" / "access.sqlite", "SELECT key, scopes FROM peers") == [(ALICE.public, "replicate")]
     await cluster.managers["a"].end()
     handed_over = time.monotonic()
     await cluster.writes("b")
@@ -331,6 +334,8 @@ async def test_a_late_follower_becomes_of_the_same_lab_fetches_everything_and_ma
     await cluster.assert_all_there(published[:4])
     answer = await cluster.client.rollback(f"{ALICE.public[:12]}~net", "prod")
     assert (answer["from"], answer["to"]) == (3, 2)
+    assert [(each["id"], each["uses"]) for each in await cluster.client.invitations()] == [(invited["id"], 2)]
+    assert list((await cluster.client.disallow(ALICE.public, None))["taken"]) == ["replicate"]
     version, *_ = await cluster.publish("after")
     assert version == 6
     identities = [Identity.load_or_create(DataFolder(cluster.root / name).identity).public for name in "ab"]

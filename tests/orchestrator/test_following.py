@@ -13,8 +13,9 @@ from tether.client.cluster import ManagerClient, OrchestratorClient
 from tether.config import HOUSEKEEPING
 from tether.errors import StoreError
 from tether.events import CatalogChanged, CatalogModel, ModelWanted, WorkerJoined
+from tether.manager.cluster_server import ClusterServer
+from tether.manager.clustered import until
 from tether.manager.operations import Operations
-from tether.manager.service import _Manager, _until
 from tether.orchestrator.plugin import OrchestratorPlugin
 from tether.routing.table import Table
 from tether.security.identity import Identity
@@ -63,12 +64,12 @@ async def test_a_manager_whose_catalog_cannot_be_read_ends_instead_of_staying_de
     scheduler, plugin = orchestrator
     repository = Repository.open(tmp_path / "store", own=LAB.public)
     security = Security(**tls.security())
-    manager = await listening(_Manager(Operations(repository, LAB, tmp_path / "publishing"), scheduler.address, security), tls)
+    manager = await listening(ClusterServer(Operations(repository, LAB, tmp_path / "publishing"), scheduler.address, security), tls)
     following = asyncio.create_task(manager.follow())
     await eventually(lambda: plugin._state.table.manager == manager.address)
     repository.close()
     with pytest.raises(StoreError):
-        await asyncio.wait_for(_until(asyncio.Event().wait(), following), PROMPT)
+        await asyncio.wait_for(until(asyncio.Event().wait(), following), PROMPT)
     await manager.close()
     await eventually(lambda: plugin._state.table.manager is None)
 

@@ -14,8 +14,10 @@ import pytest
 
 from tether.errors import BadModelError, InternalError, LoadFailedError, MissingDependencyError, ModelFailedError, WorkerLostError
 from tether.runtimes import inspect
+from tether.runtimes.arena import Arena
 from tether.runtimes.arrivals import Coming
 from tether.worker.runner import RunnerModel, RunnerPool, load_model
+from tether.worker.runner_process import RunnerProcess
 
 SOURCE = """
 import ctypes, os, subprocess, sys, time
@@ -147,6 +149,25 @@ def test_closing_during_a_run_ends_the_run(model):
     model.close()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_two_threads_that_close_a_process_at_once_close_no_descriptor_twice(monkeypatch):
+    process, closed = RunnerProcess.start(), []
+    close, both = Arena.close, threading.Barrier(2)
+
+    def slow_close(arena):
+        closed.append(arena.fd)
+        time.sleep(0.05)  # whoever looked before the other was done would close it again
+        close(arena)
+
+    monkeypatch.setattr(Arena, "close", slow_close)
+    threads = [threading.Thread(target=lambda: (both.wait(), process.close())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    given = [descriptor for descriptor in closed if descriptor >= 0]
+    assert len(given) == len(set(given)) == 2
 
 
 def test_shared_memory_grows_with_the_tensors_and_shrinking_ones_are_right_too(model):

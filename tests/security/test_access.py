@@ -21,6 +21,7 @@ from tether.errors import (
     FormatTooNewError,
     NoSpaceError,
     NotFoundError,
+    ScopeStillOpenError,
     StoreError,
     UnknownModelError,
 )
@@ -283,6 +284,23 @@ def test_a_file_that_is_none_or_from_the_future_or_a_link_opens_nothing(path, tm
         AccessFile.open(tmp_path / "nowhere" / "file")
 
 
+def test_what_a_wider_scope_still_opens_does_not_seem_to_be_taken(access):
+    access.allow(ALICE, scopes("infer", "infer:digits", "models"))
+    with pytest.raises(ScopeStillOpenError, match="it has infer,") as caught:
+        access.disallow(ALICE, scopes("infer:digits"))
+    assert (caught.value.args[1], caught.value.http_status) == (["infer"], 409)
+    assert access.scopes(ALICE).texts() == ["infer", "infer:digits", "models"]
+    assert access.disallow(ALICE, scopes("infer:digits", "infer")).texts() == ["models"]
+    assert access.disallow(ALICE, scopes("infer:digits")).texts() == ["models"]  # again: it is closed, as was asked
+
+
+def test_only_the_newest_lines_of_the_audit_are_kept(access, monkeypatch):
+    monkeypatch.setattr("tether.security.access_file._MAX_AUDIT", 5)
+    for number in range(12):
+        access.allow(ALICE, scopes(f"infer:m{number}"))
+    assert [line.detail for line in access.audit()] == [f"infer:m{number}" for number in range(7, 12)]
+
+
 def test_a_scope_that_this_version_does_not_know_opens_nothing(access):
     access.allow(ALICE, scopes("infer:a"))
     with access.file.writing() as db:
@@ -367,9 +385,15 @@ class Peers(RuleBasedStateMachine):
 
     @rule(key=keys, text=st.sampled_from(["infer", "infer:a*", "models"]))
     def disallow(self, key, text):
-        if key in self.model:
+        if key not in self.model:
+            return
+        try:
             self.access.disallow(key, scopes(text))
+        except ScopeStillOpenError:
+            assert any(scope.meets(Scope.parse(text)) for scope in self.model[key])
+        else:
             self.model[key].discard(Scope.parse(text))
+            assert text == "infer" or not any(scope.meets(Scope.parse(text)) for scope in self.model[key])
 
     @rule(key=keys)
     def revoke(self, key):

@@ -17,6 +17,8 @@ from tether.errors import (
     BadKeyError,
     BadNameError,
     BadScopeError,
+    BadTermsError,
+    ConfigError,
     ConflictError,
     ForbiddenError,
     NotFoundError,
@@ -231,7 +233,7 @@ def test_spans_of_time_are_said_as_people_say_them(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "30", "d", "0d", "-1d", "1.5h", "1w", "9999999999d", "٣d", "1d\n"])
 def test_what_is_no_span_of_time_is_told(text):
-    with pytest.raises(BadInvitationError, match="span of time"):
+    with pytest.raises(BadTermsError, match="span of time"):
         seconds_of(text)
 
 
@@ -273,19 +275,26 @@ def test_every_use_leaves_a_line(lab):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"uses": 0}, BadInvitationError),
-        ({"uses": 10_001}, BadInvitationError),
-        ({"expires": 0.0}, BadInvitationError),
-        ({"expires": float("nan")}, BadInvitationError),
-        ({"expires": float("inf")}, BadInvitationError),
+        ({"uses": 0}, BadTermsError),
+        ({"uses": 10_001}, BadTermsError),
+        ({"expires": 0.0}, BadTermsError),
+        ({"expires": float("nan")}, BadTermsError),
+        ({"expires": float("inf")}, BadTermsError),
         ({"label": "a\nb"}, BadNameError),
         ({"scopes": []}, BadScopeError),
     ],
 )
 def test_an_invitation_that_makes_no_sense_is_not_made(lab, options, error):
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         lab.invitations.invite(**{"scopes": INFER, **options})
+    assert caught.value.http_status == 400
     assert lab.invitations.list() == []
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_a_rate_at_which_nothing_ever_passes_is_refused_instead_of_waited_for(rate):
+    with pytest.raises(ConfigError, match="over 0"):
+        Bucket(rate, 1.0)
 
 
 def test_there_is_an_end_to_how_many_are_open(lab, monkeypatch):

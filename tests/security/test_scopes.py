@@ -74,7 +74,7 @@ def test_no_verb_opens_what_is_anothers():
     opens = {
         "infer": {"ping", "infer", "capacity", "models"},
         "models": {"ping", "models", "feed"},
-        "publish": {"ping", "publish", "alias", "models"},
+        "publish": {"ping", "stage", "publish", "alias", "models"},
         "replicate": {"ping", "manifest", "have", "blobs", "models", "feed"},
         "events": {"ping", "events"},
         "decrypt": {"ping", "envelope"},
@@ -109,6 +109,51 @@ def test_scopes_are_added_and_taken_away_exactly():
     assert scopes.without([Scope.parse("infer:a*"), Scope.parse("register")]) == Scopes.parse(["models", "infer:b"])
     with pytest.raises(BadScopeError, match="at most 64"):
         Scopes.parse(f"infer:m{number}" for number in range(65))
+
+
+SOME_GLOBS = st.from_regex(re.compile(r"[ab*]{1,4}(~[ab*]{1,3})?"), fullmatch=True).filter(
+    lambda glob: all(half.count("*") < 3 for half in glob.split("~"))
+)
+
+
+@given(SOME_GLOBS, SOME_GLOBS)
+def test_two_globs_meet_where_a_name_fits_both_and_one_includes_the_other_where_no_name_fits_it_alone(one, other):
+    names = ["".join(letters) for count in range(1, 8) for letters in itertools.product("ab", repeat=count)]
+    names += [f"{left}~{right}" for left in names[:62] for right in names[:30]]
+    first, second = Scope("infer", one), Scope("infer", other)
+    patterns = [re.compile(scope.pattern) for scope in (first, second)]
+    of_first, of_second = ({name for name in names if pattern.fullmatch(name)} for pattern in patterns)
+    assert first.meets(second) == second.meets(first) == bool(of_first & of_second)
+    if first.includes(second):
+        assert of_second <= of_first
+
+
+def test_what_is_for_all_includes_and_meets_all_of_its_verb():
+    everything, some = Scope.parse("infer"), Scope.parse("infer:alice~*")
+    assert everything.includes(some)
+    assert not some.includes(everything)
+    assert everything.meets(some)
+    assert not everything.meets(Scope.parse("models"))
+    assert Scope.parse("infer:digits*").includes(Scope.parse("infer:digits-2*"))
+    assert not Scope.parse("infer:digits-2*").includes(Scope.parse("infer:digits*"))
+
+
+@pytest.mark.parametrize(
+    ("held", "gone", "still"),
+    [
+        (["infer"], ["infer:digits"], ["infer"]),
+        (["infer", "infer:digits"], ["infer:digits"], ["infer"]),
+        (["infer", "infer:digits"], ["infer"], []),
+        (["infer:digits"], ["infer"], ["infer:digits"]),
+        (["infer:digits*", "infer:*-2"], ["infer:digits*"], ["infer:*-2"]),
+        (["infer:digits", "models"], ["infer:digits"], []),
+        (["models"], ["infer:digits"], []),
+        (["register"], ["register"], []),
+        (["decrypt:a", "decrypt:b"], ["decrypt:a"], []),
+    ],
+)
+def test_what_would_still_open_what_is_taken_is_named(held, gone, still):
+    assert Scopes.parse(held).still_open(Scopes.parse(gone)).texts() == still
 
 
 def test_a_check_takes_microseconds_even_for_the_worst_names(measured):

@@ -81,6 +81,22 @@ def test_every_mutation_of_a_pack_is_detected_and_the_chunk_named(whole):
     assert repository.verify().problems == ()
 
 
+def test_a_bare_name_means_all_versions_of_a_model(repository):
+    first, second = publish(repository, 1), publish(repository, 2, alias=["prod"])
+    assert first.digest != second.digest
+    (only_first, *_) = set(repository.manifest(first.digest).blobs()) - set(repository.manifest(second.digest).blobs())
+    location = repository._catalog.locate(only_first)
+    pack = repository.root / "packs" / location.pack
+    whole = pack.read_bytes()
+    pack.write_bytes(whole[: location.offset] + bytes([whole[location.offset] ^ 1]) + whole[location.offset + 1 :])
+
+    assert [problem.path.split("/")[0] for problem in repository.verify(ModelRef("digits")).problems] == ["digits:1"]
+    assert repository.verify(ModelRef("digits", alias="prod")).problems == ()
+    kept = whole[location.offset : location.offset + location.nbytes]
+    assert repository.repair({only_first: kept}.get, ModelRef("digits")).repaired == (only_first,)
+    assert repository.verify(ModelRef("digits")).problems == ()
+
+
 def test_damage_never_reaches_a_checkout_or_an_export(whole, tmp_path):
     repository, digest = whole
     (pack,) = (repository.root / "packs").iterdir()

@@ -1,4 +1,4 @@
-"""Runs a scenario of `engine_scenarios.py` in a process of its own: PythonMonkey must own the main thread, and for good.
+"""Runs a scenario of `engine_scenarios.py`, or of another such file, in a process of its own: PythonMonkey must own its main thread.
 
 The process must also end well: its exit status is part of what is tested.
 """
@@ -25,14 +25,25 @@ def run_scenario(name: str, **values: Any) -> Any:
 class Scenario:
     """One that runs while the test does something else."""
 
+    script = HERE / "engine_scenarios.py"
+
     def __init__(self, name: str, **values: Any) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", HERE / "engine_scenarios.py", name, json.dumps(values)],
+            [sys.executable, "-W", "error", self.script, name, json.dumps(values)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def signal(self, number: int) -> None:
+        """To its process."""
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it without a goodbye."""
+        self._process.kill()
+        self._process.communicate(timeout=SECONDS)
 
     def said(self) -> Any:
         """The next value that it said before its end."""

@@ -578,9 +578,14 @@ class _Hidden:
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 
-if __name__ == "__main__":
+def main(scenarios: dict[str, Any]) -> None:
+    """Run the one that the command line names."""
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # what is logged unexpectedly fails the test
-    found = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
+    found = scenarios[sys.argv[1]](**json.loads(sys.argv[2]))
     if asyncio.iscoroutine(found):
         found = asyncio.run(found)
     print(json.dumps({"returned": found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -108,6 +108,19 @@ async def test_messages_of_all_sizes_arrive_whole_and_in_order(ends):
     assert [await heard.next(), await heard.next()] == [b"a view", b"an array"]
 
 
+async def test_who_is_allowed_little_is_cut_at_the_first_bytes_of_what_is_more(ends):
+    one, other = ends[0].secured(OTHER, initiator=True), ends[1].secured(ONE, initiator=False)
+    heard, told = Heard(other), Heard(one)
+    other.max_message_nbytes = 1000
+    one.send(bytes(1000))
+    assert len(await heard.next()) == 1000
+    one.send(bytes(MAX_MESSAGE))
+    error = await heard.close()
+    assert isinstance(error, ProtocolError)
+    assert "1000" in str(error)
+    assert isinstance(await told.close(), StreamLostError)
+
+
 async def test_both_sides_end_in_order(ends):
     one, other = ends[0].secured(OTHER, initiator=True), ends[1].secured(ONE, initiator=False)
     here, there = Heard(one), Heard(other)

@@ -12,28 +12,46 @@ from hypothesis import strategies as st
 from tether.errors import FeedRefusedError, MalformedFeedError, StoreError
 from tether.security.identity import Identity
 from tether.swarm import feed_entries
-from tether.swarm.feed_entries import MAX_VALUE_NBYTES, Change, Content, FeedModel, FeedVersion, applied, changes, entries
-from tether.swarm.feed_state import TAKEN, FeedState, FeedStates, Head, Verdict, judge, parse_head, sign_head
+from tether.swarm.feed_entries import (
+    MAX_VALUE_NBYTES,
+    Change,
+    Content,
+    FeedModel,
+    FeedVersion,
+    applied,
+    changes,
+    contradictions,
+    entries,
+    redefined,
+    renewed,
+    sayable_aliases,
+)
+from tether.swarm.feed_heads import Head, parse_head, sign_head
+from tether.swarm.feed_state import FATAL, TAKEN, FeedState, FeedStates, Verdict, judge
+from tether.swarm.records import SKEW
 
 LAB, THIEF, PEER = (Identity(bytes([number]) * 32) for number in range(1, 4))
 CORE = "c0" * 32
+T0 = 1_800_000_000
+DAY = 86_400
 
 
 class Core:
     """A Hypercore as far as heads go: blocks, and a root for each length that depends on all blocks before it."""
 
-    def __init__(self, blocks=(), *, era=1, fork=0, key=CORE):
+    def __init__(self, blocks=(), *, era=1, fork=0, key=CORE, began=T0, signed=None):
         self.blocks, self.era, self.fork, self.key = list(blocks), era, fork, key
+        self.began, self.signed = began, began if signed is None else signed
 
     def root(self, length):
         return blake3(msgspec.msgpack.encode(self.blocks[:length])).hexdigest()
 
     def head(self, length=None):
         at = len(self.blocks) if length is None else length
-        return Head(LAB.public, self.key, self.era, at, self.fork, self.root(at), 1_800_000_000)
+        return Head(LAB.public, self.key, self.era, at, self.fork, self.root(at), self.began, self.signed)
 
     def copy(self):
-        return Core(self.blocks, era=self.era, fork=self.fork, key=self.key)
+        return Core(self.blocks, era=self.era, fork=self.fork, key=self.key, began=self.began, signed=self.signed)
 
 
 class Follower:
@@ -42,7 +60,7 @@ class Follower:
     def __init__(self):
         self.state, self.core = FeedState(LAB.public), Core()
 
-    def offered(self, core, head=None, *, proof=True):
+    def offered(self, core, head=None, *, proof=True, now=None):
         head = head or core.head()
         known = self.state.known
         shared = None
@@ -50,7 +68,7 @@ class Follower:
             shorter = min(known.length, head.length)
             holder = core if head.length >= known.length else self.core
             shared = holder.root(shorter) if proof or holder is self.core else None
-        verdict = judge(self.state, head, shared)
+        verdict = judge(self.state, head, shared, head.signed if now is None else now)
         signed = sign_head(LAB, head)
         if verdict in TAKEN:
             self.core, self.state = core.copy(), self.state.imported(signed)
@@ -97,7 +115,7 @@ def test_another_history_under_the_same_key_stops_the_feed_until_a_person_decide
 
     assert follower.offered(branch) is verdict
 
-    with pytest.raises(FeedRefusedError, match="ask the lab") as caught:
+    with pytest.raises(FeedRefusedError, match="Ask the lab") as caught:
         follower.state.check()
     assert caught.value.args[1] == verdict.value
     assert follower.state.known == core.head()
@@ -122,15 +140,160 @@ def test_what_nobody_proved_to_contain_the_known_is_not_taken_and_not_held_again
     assert follower.offered(core) is Verdict.NEWER
 
 
+# --- eras
+
+
 def test_a_lab_may_begin_a_new_core_and_never_go_back_to_an_old_one():
     follower, old = Follower(), Core(["a", "b"])
     follower.offered(old)
-    new = Core(["all again"], era=2, key="d0" * 32)
+    new = Core(["all again"], era=2, key="d0" * 32, began=T0 + 10)
     assert follower.offered(new) is Verdict.NEW_ERA
     assert follower.offered(old) is Verdict.ROLLED_BACK
     old.blocks.append("c")
     assert follower.offered(old) is Verdict.ROLLED_BACK
-    assert follower.offered(Core(["all again"], era=2, key="e0" * 32)) is Verdict.FORKED
+    assert follower.offered(Core(["all again"], era=2, key="e0" * 32, began=T0 + 10)) is Verdict.FORKED
+
+
+def test_a_lab_that_goes_on_after_a_thief_began_a_new_era_is_no_rollback():
+    follower, lab = Follower(), Core(["a", "b"])
+    follower.offered(lab)
+    thief = Core(["mine"], era=2, key="d0" * 32, began=T0 + 100)
+    assert follower.offered(thief) is Verdict.NEW_ERA
+    lab.blocks.append("c")
+    lab.signed = T0 + 100 + int(SKEW) + 1
+
+    assert follower.offered(lab) is Verdict.FORKED
+
+    assert follower.state.refusal is not None
+    assert follower.offered(thief) is Verdict.STOPPED
+
+
+def test_a_new_era_that_began_before_the_old_one_was_last_signed_is_a_fork():
+    follower = Follower()
+    follower.offered(Core(["a"], signed=T0 + DAY))
+    backdated = Core(["mine"], era=2, key="d0" * 32, began=T0 + 5, signed=T0 + DAY)
+    assert follower.offered(backdated) is Verdict.FORKED
+
+
+def test_eras_that_are_over_are_remembered_through_later_ones_and_a_restart(tmp_path):
+    follower, first = Follower(), Core(["a"])
+    follower.offered(first)
+    follower.offered(Core(["b"], era=2, key="d0" * 32, began=T0 + 100))
+    follower.offered(Core(["c"], era=3, key="e0" * 32, began=T0 + DAY))
+    FeedStates(tmp_path).save(follower.state)
+    follower.state = FeedStates(tmp_path).load(LAB.public)
+    first.signed = T0 + DAY - 1  # before the third era began, long after the second
+    assert judge(follower.state, first.head(), None, T0 + DAY) is Verdict.FORKED
+    other_second = Core(["x"], era=2, key="f0" * 32, began=T0 + 100)
+    assert judge(follower.state, other_second.head(), None, T0 + DAY) is Verdict.FORKED
+    first.signed = T0 + 50
+    assert judge(follower.state, first.head(), None, T0 + DAY) is Verdict.ROLLED_BACK
+
+
+def test_an_era_has_one_beginning():
+    follower = Follower()
+    follower.offered(Core(["a"]))
+    assert follower.offered(Core(["a", "b"], began=T0 - 1, signed=T0)) is Verdict.FORKED
+
+
+@pytest.mark.parametrize("when", [{"signed": T0 + DAY}, {"era": T0 + DAY, "key": "d0" * 32}])
+def test_what_was_signed_tomorrow_waits_until_then(when):
+    follower = Follower()
+    follower.offered(Core(["a"]))
+    tomorrow = Core(["a", "b"], **when)
+    assert follower.offered(tomorrow, now=T0) is Verdict.AHEAD
+    assert follower.state.refusal is None
+    assert follower.offered(tomorrow, now=T0 + DAY) in TAKEN
+
+
+def test_a_contradiction_stops_the_feed_until_a_person_looked_at_it():
+    follower = Follower()
+    follower.offered(Core(["a"]))
+    new = Core(["b"], era=2, key="d0" * 32, began=T0 + 10)
+    refused = follower.state.refused(Verdict.CONTRADICTS, sign_head(LAB, new.head()), 5.0, PEER.public)
+    with pytest.raises(FeedRefusedError) as caught:
+        refused.check()
+    assert caught.value.args[1] == "contradicts"
+    assert refused.forgiven().pardoned == "d0" * 32
+    assert refused.forgiven().known == Core(["a"]).head()
+    assert refused.forgiven(from_the_start=True) == FeedState(LAB.public, pardoned="d0" * 32)
+
+
+class Lab:
+    """Two managers of a lab whose clocks differ, taking turns; one that takes over may lack the other's core, and begins an era."""
+
+    def __init__(self, apart):
+        self.now, self.apart, self.turn = T0, apart, 0
+        self.core = Core(["0"], era=T0, key=f"{0:064x}")
+        self.heads = [self.core.copy()]
+
+    def _clock(self):
+        return self.now + self.turn * self.apart
+
+    def publish(self):
+        self.core.blocks.append(f"{len(self.heads)}")
+        self.core.signed = max(self.core.signed, self._clock())
+        self.heads.append(self.core.copy())
+
+    def take_over(self):
+        self.turn = 1 - self.turn
+        began = self._clock()
+        self.core = Core(["all"], era=max(began, self.core.era + 1), key=f"{len(self.heads):064x}", began=began)
+        self.heads.append(self.core.copy())
+
+
+moves = st.lists(st.tuples(st.sampled_from(["publish", "take over", "replay", "wait"]), st.integers(0, 100)), max_size=25)
+
+
+@settings(max_examples=150)
+@given(moves, st.integers(0, int(SKEW) - 1))
+def test_whatever_an_honest_lab_does_and_in_whichever_order_it_is_heard_no_fork_is_seen(steps, apart):
+    lab, follower = Lab(apart), Follower()
+    for kind, size in steps:
+        lab.now += size
+        if kind == "publish":
+            lab.publish()
+        elif kind == "take over":
+            lab.take_over()
+        elif kind == "wait":
+            lab.now += size * 1000
+        else:
+            follower.offered(lab.heads[size % len(lab.heads)], now=lab.now)
+            follower.offered(lab.core, now=lab.now)
+        assert follower.state.refusal is None
+    follower.offered(lab.core, now=lab.now)
+    assert follower.state.known == lab.core.head()
+
+
+@settings(max_examples=150)
+@given(
+    st.integers(0, int(SKEW)),
+    st.integers(1, 1 << 40),
+    st.integers(0, 3),
+    st.permutations(["thief", "lab", "old"]),
+    st.integers(1, DAY),
+)
+def test_a_thiefs_new_era_is_found_out_by_the_labs_next_head_whatever_it_says(ahead, era, past, order, later):
+    """It may say that its era began at any time that is believed, and any number of the era; the lab signs again when that time is over."""
+    follower, lab = Follower(), Core(["a"], era=T0 - DAY, began=T0 - DAY)
+    for number in range(past):
+        follower.offered(Core(["x"], era=T0 - DAY - 100 + number, key=f"{number:064x}", began=T0 - DAY - 100 + number))
+    follower.offered(lab)
+    began = T0 + ahead
+    thief = Core(["mine"], era=min(T0 - DAY + era, began), key="d0" * 32, began=began)
+    old = lab.copy()
+    lab.blocks.append("b")
+    lab.signed = began + int(SKEW) + later
+    now = {"thief": T0, "lab": lab.signed, "old": lab.signed}
+    for who in order:
+        follower.offered({"thief": thief, "lab": lab, "old": old}[who], now=now[who])
+    follower.offered(lab, now=lab.signed)
+    follower.offered(thief, now=lab.signed)
+    assert follower.state.refusal is not None
+    assert follower.state.refusal.verdict in FATAL
+
+
+# --- one core
 
 
 @settings(max_examples=100)
@@ -205,7 +368,9 @@ def test_nobody_signs_for_another_lab():
         parse_head(sign_head(THIEF, head), THIEF.public)
 
 
-@pytest.mark.parametrize("wrong", [{"length": -1}, {"era": 0}, {"root": "x"}, {"core": "AB" * 32}, {"fork": 1 << 53}, {"format": 2}])
+@pytest.mark.parametrize(
+    "wrong", [{"length": -1}, {"era": 0}, {"root": "x"}, {"core": "AB" * 32}, {"fork": 1 << 53}, {"began": T0 + 1}, {"format": 2}]
+)
 def test_a_head_that_makes_no_sense_is_not_signed(wrong):
     with pytest.raises(MalformedFeedError):
         sign_head(LAB, msgspec.structs.replace(Core(["a"]).head(), **wrong))
@@ -228,7 +393,7 @@ def test_a_restart_forgets_neither_where_a_feed_was_nor_that_it_was_refused(tmp_
 
     again = FeedStates(tmp_path / "feeds").load(LAB.public)
     assert again == follower.state
-    assert judge(again, core.head(), None) is Verdict.STOPPED
+    assert judge(again, core.head(), None, T0) is Verdict.STOPPED
     assert states.publishers() == [LAB.public]
     assert (tmp_path / "feeds" / f"{LAB.public}.json").stat().st_mode & 0o777 == 0o600
 
@@ -292,6 +457,8 @@ def test_the_keys_are_those_that_a_node_program_reads():
         "aliases/digits/latest", "aliases/digits/prod", "models/digits/versions/1", "models/digits/versions/2", "models/faces/config",
         "models/faces/versions/1", f"peers/{PEER.public}",
     ]  # fmt: skip
+    gone = entries(Content({"digits": FeedModel(4, {1: version(1)})}))
+    assert msgspec.json.decode(gone["models/digits/numbers"]) == {"next": 4}
     assert msgspec.json.decode(found["aliases/digits/prod"]) == {"version": 1}
     assert msgspec.json.decode(found["models/digits/versions/2"]) == {"digest": version(2).digest, "nbytes": 1002, "created": 1.8e9}
 
@@ -308,26 +475,25 @@ numbers = st.frozensets(st.integers(1, 6), max_size=4)
 
 @settings(max_examples=60)
 @given(st.lists(st.dictionaries(st.sampled_from(["a", "b"]), st.tuples(numbers, st.integers(1, 6))), max_size=6), st.booleans())
-def test_a_follower_says_what_the_publisher_says_whichever_heads_it_saw(steps, whole):
+def test_a_follower_says_what_the_publisher_says_whichever_heads_it_saw(steps, anew):
     truth, seen, follower, given_ = Content(), {}, Content(), {}
     for step in steps:
-        models = {}
-        for name, old in truth.models.items():
-            models[name] = FeedModel(old.next, {}, {}, None)
+        models = {name: FeedModel(old.next) for name, old in truth.models.items()}
         for name, (wanted, alias) in step.items():
             next_ = given_.get(name, 1)
             old = truth.models.get(name, FeedModel())
             kept = {n: old.versions[n] for n in wanted if n in old.versions} | {next_: version(next_)}
             given_[name] = next_ + 1
             models[name] = FeedModel(next_ + 1, kept, {"prod": next_ if alias not in kept else alias}, None)
-        truth = Content(models)
+        truth, before = Content(models), follower
         now = entries(truth)
-        update = [Change(key, value) for key, value in now.items()] if whole else changes(seen, now)
-        if whole or step:
-            follower, _ = applied(follower, update, whole=whole)
-            seen = now
-            assert entries(follower) == now
-            assert all(follower.models[name].next >= held.next for name, held in truth.models.items() if held.versions)
+        update = [Change(key, value) for key, value in now.items()] if anew else changes(seen, now)
+        follower, changed = applied(Content() if anew else follower, update)
+        seen = now
+        assert follower == truth
+        assert entries(follower) == now
+        assert contradictions(before, follower) == ()
+        assert anew or set(changed) == set(renewed(before, follower))
 
 
 @pytest.mark.parametrize(
@@ -350,6 +516,8 @@ def test_a_follower_says_what_the_publisher_says_whichever_heads_it_saw(steps, w
         ([put("aliases/digits/a@b", {"version": 1})], "alias"),
         ([put("aliases/digits/a:3", {"version": 1})], "alias"),
         ([put("models/digits/config", [1])], "Expected"),
+        ([put("models/digits/numbers", {"next": 0})], "next number"),
+        ([put("models/digits/numbers", {"next": 1 << 40})], "next number"),
         ([put("peers/somebody", {})], "64 hex digits"),
         ([Change("x" * 257, b"{}")], "at most 256"),
         ([Change("models/digits/config", b" " * (MAX_VALUE_NBYTES + 1))], "16384 bytes"),
@@ -371,15 +539,30 @@ def test_a_number_that_was_deleted_does_not_come_back_as_something_else():
         applied(gone, [again])
 
 
-def test_a_feed_begun_anew_drops_what_it_does_not_name_and_still_can_not_reuse_a_number():
-    update = [Change(key, value) for key, value in entries(Content({"digits": model(1)})).items()]
-    content, changed = applied(SOME, update, whole=True)
-    assert changed == ("digits", "faces")
-    assert content.models["faces"] == FeedModel(2, {}, {}, None)
-    assert list(content.models["digits"].versions) == [1]
-    assert content.peers == frozenset()
-    with pytest.raises(MalformedFeedError, match="never given again"):
-        applied(content, [Change("models/faces/versions/1", msgspec.json.encode(version(7)))], whole=True)
+def test_a_feed_begun_anew_accounts_for_all_that_was_given():
+    kept = Content({"digits": FeedModel(3, {1: version(1)}), "faces": FeedModel(2)})
+    content, changed = applied(Content(), [Change(key, value) for key, value in entries(kept).items()])
+    assert contradictions(SOME, content) == ()
+    assert (changed, renewed(SOME, content)) == (("digits", "faces"), ("digits", "faces"))
+
+
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        ({"digits": model(1, 2)}, "faces: 1 versions were published, it knows of 0"),
+        ({"digits": model(1), "faces": model(1)}, "digits: 2 versions were published, it knows of 1"),
+        ({"digits": FeedModel(3, {1: version(1), 2: version(2, "x")}), "faces": model(1)}, "digits:2 was"),
+    ],
+)
+def test_a_feed_begun_anew_that_forgot_or_changed_something_contradicts(models, says):
+    (found,) = contradictions(SOME, Content(models))
+    assert says in found
+
+
+def test_a_version_that_was_deleted_does_not_come_back_with_a_new_era():
+    gone = Content({"digits": FeedModel(3, {1: version(1)})})
+    assert contradictions(gone, Content({"digits": model(1, 2)})) == ("digits:2 was deleted, and is back",)
+    assert redefined(gone, Content({"digits": model(1, 2)})) == ()
 
 
 def test_entries_of_a_newer_tether_are_passed_over():
@@ -390,9 +573,33 @@ def test_a_follower_can_not_be_made_to_keep_without_end(monkeypatch):
     monkeypatch.setattr(feed_entries, "MAX_MODELS", 3)
     with pytest.raises(MalformedFeedError, match="at most 3 models"):
         applied(Content(), [put(f"models/m{n}/config", {}) for n in range(4)])
-    monkeypatch.setattr(feed_entries, "MAX_VERSIONS", 2)
+    monkeypatch.setattr(feed_entries, "MAX_ENTRIES", 2)
     with pytest.raises(MalformedFeedError, match="more than 4 entries"):
         applied(Content(), [put("a", {})] * 5)
+    with pytest.raises(MalformedFeedError, match="2 entries"):
+        applied(Content(), [Change(key, value) for key, value in entries(Content({"a": model(1, 2)})).items()])
+
+
+@pytest.mark.parametrize("kind", ["tags", "config"])
+def test_what_each_entry_may_hold_it_may_not_hold_everywhere(monkeypatch, kind):
+    monkeypatch.setattr(feed_entries, "MAX_SAID_NBYTES", 20_000)
+    long = {"notes": "x" * 9_000}
+    update = [
+        put(f"models/m{n}/config", long)
+        if kind == "config"
+        else put(f"models/m/versions/{n}", {"digest": "a" * 64, "nbytes": 1, "created": 1.0, "tags": long})
+        for n in range(1, 4)
+    ]
+    applied(Content(), update[:2])
+    with pytest.raises(MalformedFeedError, match="at most 20000 bytes"):
+        applied(Content(), update)
+
+
+def test_of_too_many_aliases_the_well_known_ones_are_said():
+    aliases = sayable_aliases({**{f"a{n:04}": 1 for n in range(300)}, "prod": 1, "latest": 1})
+    assert len(aliases) == 256
+    assert {"prod", "latest", "a0000"} <= aliases.keys()
+    applied(Content(), [Change(key, value) for key, value in entries(Content({"m": FeedModel(2, {1: version(1)}, aliases)})).items()])
 
 
 def test_every_model_has_a_latest_for_the_catalog():

@@ -9,8 +9,8 @@ from distributed import Scheduler, Security
 from tether.config import HOUSEKEEPING
 from tether.errors import ServiceUnavailableError
 from tether.events import CatalogChanged
+from tether.manager.cluster_server import ClusterServer
 from tether.manager.operations import Operations
-from tether.manager.service import _Manager
 from tether.orchestrator.plugin import OrchestratorPlugin
 from tether.security.identity import Identity
 from tether.security.tls import ensure_tls
@@ -40,7 +40,7 @@ class TestManagerBlobs(BlobSourceSuite):
             plugin = OrchestratorPlugin()
             await plugin.start(scheduler)
             scheduler.add_plugin(plugin)
-            self.manager = _Manager(Operations(repository, LAB, self.workspace), scheduler.address, self.security)
+            self.manager = ClusterServer(Operations(repository, LAB, self.workspace), scheduler.address, self.security)
             await self.manager.listen("tls://127.0.0.1:0", **arguments)
             plugin._handle(CatalogChanged(self.manager.address, 1, {}, 1))
             link = Link(Cluster(scheduler.address, self.security.get_connection_args("worker")))

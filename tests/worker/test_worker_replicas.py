@@ -25,8 +25,8 @@ from tether.config import HOUSEKEEPING, DataFolder
 from tether.errors import ChunkMissingError, ServiceUnavailableError, UntrustedCodeError
 from tether.events import CatalogChanged, ManagerLeft, ModelWanted
 from tether.gateway.transport import UnixTransport
+from tether.manager.cluster_server import ClusterServer
 from tether.manager.operations import Operations
-from tether.manager.service import _Manager
 from tether.orchestrator.plugin import OrchestratorPlugin
 from tether.ports import Hop
 from tether.runtimes import inspect
@@ -110,7 +110,7 @@ class Lab:
         self.streams = 0
 
     async def start_manager(self):
-        self.manager = _Manager(self.operations, self.scheduler.address, self.scheduler.security)
+        self.manager = ClusterServer(self.operations, self.scheduler.address, self.scheduler.security)
         await self.manager.listen("tls://127.0.0.1:0", **self.scheduler.security.get_listen_args("worker"))
         self.streams += 1
         self.plugin._handle(CatalogChanged(self.manager.address, self.streams, self.operations.catalog(), self.streams))
@@ -409,6 +409,7 @@ async def test_files_of_code_that_do_not_come_are_a_clear_error_and_are_not_kept
 
 
 @needs("tensorflow")
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 async def test_a_saved_model_answers_as_it_did_where_it_was_published(files, origin, tmp_path):
     import tensorflow as tf

@@ -15,7 +15,9 @@ _HOMES = {
     "doctor": ("doctor",),
     "models": ("models", "show", "alias", "rollback", "diff", "verify", "repair", "rm", "gc", "trust"),
     "files": ("publish", "export"),
-    "sharing": ("allow", "disallow", "accept", "rotate"),
+    "sharing": ("invite", "peers", "allow", "disallow", "accept", "rotate"),
+    "labs": ("enrol", "replicate"),
+    "copying": ("policy", "hold"),
     "infer": ("infer",),
     "services": ("gateway", "orchestrator", "worker", "manager"),
 }

@@ -19,6 +19,7 @@ from tether._version import __version__
 from tether.cli.options import as_json, data_folder
 from tether.cli.tables import print_json, print_table
 from tether.config import GATEWAY_PORT, MANAGER_PORT, DataFolder
+from tether.errors import TetherError
 from tether.lab.sizes import size_text
 
 __all__ = ["Check", "doctor"]
@@ -30,6 +31,7 @@ _NEEDED: Final = (
 _OPTIONAL: Final = {
     "gateway": ("uvicorn", "starlette", "httptools"),
     "onnx": ("onnxruntime", "onnxruntime-gpu"),
+    "swarm": ("pythonmonkey",),
     "torch": ("torch",),
     "tensorflow": ("tensorflow", "tensorflow-cpu"),
 }
@@ -51,12 +53,14 @@ class Check:
 
 
 @click.command("doctor")
+@click.option("--swarm", is_flag=True, help="Enter the swarm, too, and see whether other labs can reach this one.")
 @data_folder
 @as_json
-def doctor(data: str | None, json_: bool) -> None:
-    """Check this machine: libraries, ports, disk, data folder, certificates. Exits 1 if a lab could not run."""
+def doctor(data: str | None, swarm: bool, json_: bool) -> None:
+    """Check this machine: libraries, ports, disk, data folder, certificates. Exits 1 if a lab could not run, or not be reached."""
     folder = DataFolder.locate(data)
     checks = [*_python(), *_libraries(), *_ports(), *_folder(folder), *_certificates(folder)]
+    checks += _swarm(folder) if swarm else ()
     if json_:
         print_json({"version": __version__, "checks": [asdict(check) for check in checks]})
     else:
@@ -141,6 +145,28 @@ def _certificates(folder: DataFolder) -> Iterator[Check]:
     for path in sorted(folder.tls.glob("*.pem")):
         if not path.stem.endswith("-key"):
             yield _certificate(path)
+
+
+def _swarm(folder: DataFolder) -> Iterator[Check]:
+    """As the manager of this data folder finds it; one is started where none runs."""
+    from tether.cli.options import run
+    from tether.client.own_manager import OwnManager  # what speaks with managers is not for `--help`
+
+    async def ask() -> dict[str, str]:
+        own = OwnManager(folder)
+        try:
+            return dict(await own.ask("reachability"))
+        finally:
+            await own.aclose()
+
+    try:
+        found = run(ask())
+        yield Check("swarm", _STATES[found["state"]], f"{found['address']}: {found['detail']}")
+    except TetherError as error:
+        yield Check("swarm", "fail", str(error))
+
+
+_STATES: Final[dict[str, Literal["ok", "note", "fail"]]] = {"ok": "ok", "note": "note", "fail": "fail"}
 
 
 def _certificate(path: Path) -> Check:

@@ -28,13 +28,17 @@ def _gpus(ctx: click.Context, param: click.Parameter, value: str) -> Any:
 @click.option("--gpus", callback=_gpus, metavar="auto|N", default="0", show_default=True, help="GPUs of this machine to use; auto: all.")
 @click.option("--pretend-gpus", is_flag=True, help="Tag workers with GPUs that are not there, to test placement.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the gateway  [default: 8000, or the next free one].")
+@click.option(
+    "--bootstrap", metavar="HOST:PORT,…", help="Nodes by which the swarm is entered  [default: TETHER_BOOTSTRAP, else public ones]."
+)
+@click.option("--no-swarm", is_flag=True, help="Speak with no other lab.")
 @click.option("--detach", is_flag=True, help="Return when the lab is up; end it with `tether down`.")
 @data_folder
-def up(workers: int, gpus: int | Literal["auto"], pretend_gpus: bool, port: int | None, detach: bool, data: str | None) -> None:
+def up(gpus: int | Literal["auto"], no_swarm: bool, detach: bool, data: str | None, **options: Any) -> None:
     """Start a lab on this machine: scheduler, workers, model manager, gateway."""
     from tether.lab.launch import UpSettings, gpu_count, launch  # processes and TLS: not for `--help`
 
-    settings = UpSettings(DataFolder.locate(data), workers=workers, port=port, gpus=gpu_count(gpus), pretend_gpus=pretend_gpus)
+    settings = UpSettings(DataFolder.locate(data), gpus=gpu_count(gpus), swarm=not no_swarm, **options)
     if not detach:
         sys.exit(_stay(settings))
     lab = launch(settings, bound=False)
@@ -82,7 +86,7 @@ def status(target: Target, json_: bool) -> None:
             print_json(run(lab.operations.client.status()))
             return
         found, now = lab.status(), time.time()
-    click.echo(f"gateway  {found.gateway or 'none'}\ndata     {found.data}\n")
+    click.echo(f"gateway  {found.gateway or 'none'}\naddress  {found.address or 'none'}\ndata     {found.data}\n")
     print_table(
         ("service", "state", "for", "pid", "address"),
         [(each.name, each.state, age_text(now - each.since), each.pid or "", each.address) for each in found.services],

@@ -11,11 +11,13 @@ import msgspec
 
 from tether.cli.options import Target, as_json, at_lab, run
 from tether.cli.tables import age_text, pairs_text, print_json, print_table
-from tether.errors import NoLabError
+from tether.errors import NoLabError, NotFoundError, UnsupportedError
 from tether.lab.sizes import size_text
 
 if TYPE_CHECKING:
+    from tether.lab.copying import Copies
     from tether.lab.objects import Model
+    from tether.lab.operations import Operations
 
 __all__ = ["alias", "diff", "gc", "models", "repair", "rm", "rollback", "show", "trust", "verify"]
 
@@ -50,7 +52,10 @@ def show(name: str, target: Target, json_: bool) -> None:
             print_json(run(lab.operations.client.model(name)))
             return
         model = run(lab.operations.model(name))
+        copies = run(_copies(lab.operations, name))
     _print_versions(model)
+    if copies is not None:
+        _print_copies(copies)
     newest = next((version for version in model.versions if version.version == model.default), None)
     if newest is not None:
         click.echo(f"\n{newest}")
@@ -59,6 +64,22 @@ def show(name: str, target: Target, json_: bool) -> None:
             ("", "name", "datatype", "shape"),
             [(side, spec.name, spec.datatype, list(spec.shape)) for side, specs in sides for spec in specs],
         )
+
+
+async def _copies(operations: Operations, name: str) -> Copies | None:
+    """Where it is, if that was agreed on; None: nothing was, or the lab does not tell: it is elsewhere, or of an earlier version."""
+    try:
+        copies = await operations.copies(name)
+    except (UnsupportedError, NotFoundError):
+        return None
+    return None if copies.policy is None else copies
+
+
+def _print_copies(copies: Copies) -> None:
+    click.echo()
+    print_table(("in lab", "copy"), copies.rows())
+    if copies.short:
+        click.echo(copies.short)
 
 
 def _print_versions(model: Model) -> None:

@@ -114,6 +114,8 @@ async def _call(
 
 
 _PUBLISH_TIMEOUT = 300.0
+_JOIN_TIMEOUT = 60.0
+"""Seconds: the lab may have to enter the DHT, and punch a hole."""
 """Seconds for a call that parses, hashes or runs a model."""
 
 
@@ -135,7 +137,25 @@ _REPEATABLE = frozenset(
         "diff",
         "read_zarr",
         "trust",
+        "join",
+        "replicate",
+        "replications",
+        "release",
+        "set_policy",
+        "policies",
+        "hold",
+        "holdings",
+        "end_holding",
+        "copies",
+        "address",
+        "invitations",
+        "revoke_invitation",
         "allow",
+        "ban",
+        "unban",
+        "peers",
+        "name_peer",
+        "audit",
         "accept",
     }
 )
@@ -259,11 +279,68 @@ class ManagerClient:
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
         return dict(await self._ask("trust", publisher=publisher, scopes=list(scopes)))
 
-    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
-        return dict(await self._ask("allow", peer=peer, scopes=list(scopes)))
+    async def join(self, url: str) -> dict[str, Any]:
+        return dict(await self._ask("join", _JOIN_TIMEOUT, url=url))
 
-    async def revoke_decrypt(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
-        return dict(await self._ask("revoke_decrypt", peer=peer, scopes=list(scopes)))
+    async def replicate(self, publisher: str, model: str, via: str | None = None, wait: float = 20.0) -> dict[str, Any]:
+        return dict(await self._ask("replicate", _JOIN_TIMEOUT + wait, publisher=publisher, model=model, via=via, wait=wait))
+
+    async def replications(self) -> list[dict[str, Any]]:
+        return list(await self._ask("replications"))
+
+    async def release(self, publisher: str, model: str) -> dict[str, Any]:
+        return dict(await self._ask("release", publisher=publisher, model=model))
+
+    async def set_policy(self, model: str, policy: Mapping[str, Any] | None) -> dict[str, Any]:
+        return dict(await self._ask("set_policy", model=model, policy=None if policy is None else dict(policy)))
+
+    async def policies(self) -> dict[str, Any]:
+        return dict(await self._ask("policies"))
+
+    async def hold(self, publisher: str, region: str = "", room: int | None = None) -> dict[str, Any]:
+        return dict(await self._ask("hold", _JOIN_TIMEOUT, publisher=publisher, region=region, room=room))
+
+    async def holdings(self) -> list[dict[str, Any]]:
+        return list(await self._ask("holdings"))
+
+    async def end_holding(self, publisher: str) -> dict[str, Any]:
+        return dict(await self._ask("end_holding", publisher=publisher))
+
+    async def copies(self, model: str) -> dict[str, Any]:
+        return dict(await self._ask("copies", model=model))
+
+    async def address(self) -> dict[str, Any]:
+        return dict(await self._ask("address"))
+
+    async def invite(self, scopes: Sequence[str], expires: str | float, uses: int, label: str) -> dict[str, Any]:
+        return dict(await self._ask("invite", scopes=list(scopes), expires=expires, uses=uses, label=label))
+
+    async def invitations(self) -> list[dict[str, Any]]:
+        return list(await self._ask("invitations"))
+
+    async def revoke_invitation(self, invitation: str) -> dict[str, Any]:
+        return dict(await self._ask("revoke_invitation", invitation=invitation))
+
+    async def allow(self, peer: str, scopes: Sequence[str], label: str | None = None) -> dict[str, Any]:
+        return dict(await self._ask("allow", peer=peer, scopes=list(scopes), label=label))
+
+    async def disallow(self, peer: str, scopes: Sequence[str] | None) -> dict[str, Any]:
+        return dict(await self._ask("disallow", peer=peer, scopes=None if scopes is None else list(scopes)))
+
+    async def ban(self, peer: str, reason: str) -> dict[str, Any]:
+        return dict(await self._ask("ban", peer=peer, reason=reason))
+
+    async def unban(self, peer: str) -> dict[str, Any]:
+        return dict(await self._ask("unban", peer=peer))
+
+    async def peers(self) -> list[dict[str, Any]]:
+        return list(await self._ask("peers"))
+
+    async def name_peer(self, peer: str, petname: str) -> dict[str, Any]:
+        return dict(await self._ask("name_peer", peer=peer, petname=petname))
+
+    async def audit(self, most: int) -> list[dict[str, Any]]:
+        return list(await self._ask("audit", most=most))
 
     async def accept(self, envelope: str) -> dict[str, Any]:
         return dict(await self._ask("accept", envelope=envelope))

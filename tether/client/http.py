@@ -15,7 +15,10 @@ import orjson
 from yarl import URL
 
 from tether._version import __version__
+from tether.client.admitting import Admitting
+from tether.client.copying import Copying
 from tether.client.forking import abandon
+from tether.client.replicating import Replicating
 from tether.errors import (
     BadInputError,
     DeadlineExceededError,
@@ -90,6 +93,12 @@ class HttpClient:
             raise UnsupportedError(f"{url!r} is not the address of a gateway; write http://host:port or https://host:port")
         self.url = url.rstrip("/")
         self._api_key = api_key
+        self.admitting = Admitting(self._ask)
+        """Whom the lab lets in."""
+        self.replicating = Replicating(self._ask)
+        """What it keeps of other labs."""
+        self.copying = Copying(self._ask)
+        """Copies of its models elsewhere, and of others' there."""
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -225,20 +234,11 @@ class HttpClient:
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
         return await self._json(_with_json("PUT", f"/tether/v1/trust/{quote(publisher, safe='')}", {"scopes": list(scopes)}))
 
-    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
-        return await self._json(_with_json("PUT", f"/tether/v1/grants/{quote(peer, safe='')}", {"scopes": list(scopes)}))
-
-    async def revoke_decrypt(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
-        """Not repeated by itself: the second answer would not say whom the first one took it from."""
-        return await self._json(_posted(f"/tether/v1/grants/{quote(peer, safe='')}/revoke", {"scopes": list(scopes)}, repeatable=False))
-
-    async def accept(self, envelope: str) -> dict[str, Any]:
-        return await self._json(_posted("/tether/v1/envelopes", {"envelope": envelope}))
-
-    async def rotate(self) -> dict[str, Any]:
-        return await self._json(_posted("/tether/v1/cluster-key/rotate", {}, timeout=_LONG, repeatable=False))
-
     # One exchange
+
+    async def _ask(self, method: str, path: str, value: dict[str, Any] | None = None, *, repeatable: bool = True) -> dict[str, Any]:
+        body, headers = (None, None) if value is None else (orjson.dumps(value), {"Content-Type": "application/json"})
+        return await self._json(_Call(method, path, body, headers, _TIMEOUT if repeatable else _LONG, repeatable))
 
     async def _json(self, call: _Call) -> dict[str, Any]:
         reply = await self._send(call)

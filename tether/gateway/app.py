@@ -19,10 +19,13 @@ from starlette.routing import Route
 
 from tether.errors import InternalError, MethodNotAllowedError, NotFoundError, PayloadTooLargeError, RequestError, TetherError
 from tether.gateway.admission import Peer
+from tether.gateway.admitting import ADMITTING
+from tether.gateway.copying import COPYING
 from tether.gateway.docs import openapi, page
 from tether.gateway.door import Dispatcher, Door, Settings
 from tether.gateway.management import MANAGEMENT
 from tether.gateway.protocol import FastProtocol, protocol_class
+from tether.gateway.replicating import REPLICATING
 from tether.gateway.routes import PROTOCOL, Answer, Call, Endpoint, as_json
 from tether.gateway.zarr_door import ZARR
 from tether.telemetry.accesslog import Access
@@ -50,7 +53,7 @@ def make_app(door: Door) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
 
 
 def _endpoints() -> tuple[Endpoint, ...]:
-    shown = (*PROTOCOL, *MANAGEMENT, *ZARR)
+    shown = (*PROTOCOL, *MANAGEMENT, *ADMITTING, *REPLICATING, *COPYING, *ZARR)
 
     async def document(_call: Call) -> Answer:
         return as_json(openapi(shown))

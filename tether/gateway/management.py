@@ -157,33 +157,10 @@ async def _status(call: Call) -> Answer:
 
 
 async def _trust(call: Call) -> Answer:
-    return as_json(await call.door.dispatcher.management.trust(call.path["publisher"], _scopes(call, "code")))
-
-
-def _scopes(call: Call, example: str) -> list[str]:
     scopes = json_object(call).get("scopes")
     if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
-        raise MalformedRequestError(f'the body must be {{"scopes": ["{example}"]}}')
-    return scopes
-
-
-async def _allow(call: Call) -> Answer:
-    return as_json(await call.door.dispatcher.management.allow(call.path["peer"], _scopes(call, "decrypt:NAME")))
-
-
-async def _revoke_decrypt(call: Call) -> Answer:
-    return as_json(await call.door.dispatcher.management.revoke_decrypt(call.path["peer"], _scopes(call, "decrypt:NAME")))
-
-
-async def _accept(call: Call) -> Answer:
-    envelope = json_object(call).get("envelope")
-    if not isinstance(envelope, str):
-        raise MalformedRequestError('the body must be {"envelope": "base64, as `tether allow` prints it"}')
-    return as_json(await call.door.dispatcher.management.accept(envelope))
-
-
-async def _rotate(call: Call) -> Answer:
-    return as_json(await call.door.dispatcher.management.rotate())
+        raise MalformedRequestError('the body must be {"scopes": ["code"]}')
+    return as_json(await call.door.dispatcher.management.trust(call.path["publisher"], scopes))
 
 
 _BYTES: Final = {"type": "string", "format": "binary"}
@@ -193,10 +170,6 @@ _WHICH: Final = {"type": "object", "properties": {"alias": {"type": ["string", "
 _CHECKED: Final = {"type": "object", "properties": {"version": {"type": ["integer", "null"]}}}
 _SCOPES: Final = {"type": "object", "required": ["scopes"], "properties": {"scopes": {"type": "array", "items": {"enum": ["code"]}}}}
 _COLLECT: Final = {"type": "object", "properties": {"dry_run": {"type": "boolean"}, "grace": {"type": ["number", "null"], "minimum": 0}}}
-_DECRYPT: Final = {"type": "object", "required": ["scopes"], "properties": {"scopes": {"type": "array", "items": {"type": "string"}}}}
-_ENVELOPE: Final = {"type": "object", "required": ["envelope"], "properties": {"envelope": {"type": "string"}}}
-_ENVELOPE_NBYTES: Final = 512 << 10
-"""Of a body with an envelope of a thousand keys, in base64."""
 _V1: Final = "/tether/v1"
 _MODEL: Final = f"{_V1}/models/{{name}}"
 
@@ -220,9 +193,5 @@ MANAGEMENT: Final = (
     Endpoint("DELETE", f"{_V1}/stores/{{store}}", "manage", _forget_store, "Forget a host that shares the packs and is gone for good"),
     Endpoint("GET", f"{_V1}/workers", "manage", _workers, "All workers"),
     Endpoint("GET", f"{_V1}/status", "manage", _status, "The services of the lab"),
-    Endpoint("PUT", f"{_V1}/grants/{{peer}}", "manage", _allow, "Let another lab open encrypted models", _DECRYPT, _SMALL),
-    Endpoint("POST", f"{_V1}/grants/{{peer}}/revoke", "manage", _revoke_decrypt, "Take encrypted models from it again", _DECRYPT, _SMALL),
-    Endpoint("POST", f"{_V1}/envelopes", "manage", _accept, "Keep the model keys that another lab granted", _ENVELOPE, _ENVELOPE_NBYTES),
-    Endpoint("POST", f"{_V1}/cluster-key/rotate", "manage", _rotate, "Replace the key that wraps all model keys"),
     Endpoint("PUT", f"{_V1}/trust/{{publisher}}", "manage", _trust, "Trust a publisher's code", _SCOPES, _SMALL),
 )

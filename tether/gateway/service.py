@@ -58,7 +58,8 @@ def _described(folder: DataFolder) -> dict[str, Any]:
         facts = json.loads((folder.run / "lab.json").read_text())
     except (OSError, ValueError):  # not under a supervisor
         facts = {}
-    return {"address": None, "gateway": facts.get("gateway"), "data": str(folder.root), "services": facts.get("services", [])}
+    known = {name: facts.get(name) for name in ("address", "gateway")}
+    return known | {"data": str(folder.root), "services": facts.get("services", [])}
 
 
 def _workers(table: Table) -> list[dict[str, Any]]:

@@ -7,18 +7,23 @@ import atexit
 import functools
 import os
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
 from urllib.parse import urlsplit
 
 from tether._version import __version__
 from tether.client.http import HttpClient
+from tether.client.lab_client import LabClient
 from tether.config import DataFolder
 from tether.errors import LabRunningError, NoLabError, TetherError, UnsupportedError
 from tether.lab import loop
+from tether.lab.bars import bar
 from tether.lab.launch import Running, UpSettings, gpu_count, launch, running, settled
 from tether.lab.operations import Operations
-from tether.lab.views import Models, Workers
+from tether.lab.replicating import OnReplica, Replica
+from tether.lab.views import Models, Peers, Workers
+from tether.security.addresses import SCHEME
 
 __all__ = ["Lab", "connect", "up"]
 
@@ -57,9 +62,9 @@ class Lab:
     the lab if this object started it.
     """
 
-    def __init__(self, client: HttpClient | None, running: Running | None = None) -> None:
+    def __init__(self, client: LabClient | None, running: Running | None = None) -> None:
         """`running` is a lab that this object is to end with itself; None: somebody else's. No `client`: it has no gateway."""
-        self.gateway = None if client is None else client.url
+        self._url = None if client is None else client.url
         self.operations = Operations(client)
         """The calls themselves, for one who builds on this: coroutines of the background loop."""
         self._running = running
@@ -99,12 +104,66 @@ class Lab:
     adisallow = _awaited(Operations.disallow)
     accept = _waiting(Operations.accept)
     aaccept = _awaited(Operations.accept)
+    areplicate = _awaited(Operations.replicate)
+    areplicas = _awaited(Operations.replicas)
+    join = _waiting(Operations.join)
+    ajoin = _awaited(Operations.join)
+    release = _waiting(Operations.release)
+    arelease = _awaited(Operations.release)
+    replicas = _waiting(Operations.replicas)
+    policy = _waiting(Operations.policy)
+    apolicy = _awaited(Operations.policy)
+    policies = _waiting(Operations.policies)
+    apolicies = _awaited(Operations.policies)
+    hold = _waiting(Operations.hold)
+    ahold = _awaited(Operations.hold)
+    holdings = _waiting(Operations.holdings)
+    aholdings = _awaited(Operations.holdings)
+    end_holding = _waiting(Operations.end_holding)
+    aend_holding = _awaited(Operations.end_holding)
+    copies = _waiting(Operations.copies)
+    acopies = _awaited(Operations.copies)
     rotate = _waiting(Operations.rotate)
     arotate = _awaited(Operations.rotate)
+    invite = _waiting(Operations.invite)
+    ainvite = _awaited(Operations.invite)
+    invitations = _waiting(Operations.invitations)
+    ainvitations = _awaited(Operations.invitations)
+    revoke_invitation = _waiting(Operations.revoke_invitation)
+    arevoke_invitation = _awaited(Operations.revoke_invitation)
+    ban = _waiting(Operations.ban)
+    aban = _awaited(Operations.ban)
+    unban = _waiting(Operations.unban)
+    aunban = _awaited(Operations.unban)
+    name_peer = _waiting(Operations.name_peer)
+    aname_peer = _awaited(Operations.name_peer)
+    audit = _waiting(Operations.audit)
+    aaudit = _awaited(Operations.audit)
     status = _waiting(Operations.status)
     astatus = _awaited(Operations.status)
     amodels = _awaited(Operations.models)
     aworkers = _awaited(Operations.workers)
+    apeers = _awaited(Operations.peers)
+    aaddress = _awaited(Operations.address)
+
+    @property
+    def gateway(self) -> str | None:
+        """Where its gateway answers; None: it has none, or was reached over the swarm."""
+        return None if self._url is None or self._url.startswith(SCHEME) else self._url
+
+    def replicate(
+        self,
+        model: str,
+        source: str | None = None,
+        *,
+        via: str | None = None,
+        timeout: float | None = None,
+        progress: OnReplica | None = None,
+    ) -> Replica:
+        with bar(model) if progress is None else nullcontext(progress) as told:
+            return loop.run(self.operations.replicate(model, source, via=via, timeout=timeout, progress=told))
+
+    replicate.__doc__ = Operations.replicate.__doc__
 
     @property
     def models(self) -> Models:
@@ -115,6 +174,16 @@ class Lab:
     def workers(self) -> Workers:
         """Name → worker, live. To await: `aworkers()`."""
         return Workers(self.operations)
+
+    @property
+    def peers(self) -> Peers:
+        """Key → peer, live: who was let in, and how they are connected. To await: `apeers()`."""
+        return Peers(self.operations)
+
+    @property
+    def address(self) -> str:
+        """`tether://…`: how other labs find this one; it admits nobody, `invite` does. To await: `aaddress()`."""
+        return loop.run(self.operations.address())
 
     def close(self) -> None:
         """Close the connections; end the lab if this object started it. A second call does nothing."""
@@ -145,7 +214,7 @@ class Lab:
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<Lab at {self.gateway or 'no gateway'}{' (closed)' if self._closed else ''}>"
+        return f"<Lab at {self._url or 'no gateway'}{' (closed)' if self._closed else ''}>"
 
     def _repr_html_(self) -> str:
         """Deterministic: the address is left out."""
@@ -173,7 +242,7 @@ def _close_all() -> None:
         lab.close()
 
 
-def up(
+def up(  # noqa: PLR0913 (all that can be said of a lab)
     workers: int = 2,
     gateway: bool = True,
     *,
@@ -181,16 +250,28 @@ def up(
     port: int | None = None,
     gpus: int | Literal["auto"] = 0,
     pretend_gpus: bool = False,
+    swarm: bool = True,
+    bootstrap: str | None = None,
 ) -> Lab:
     """Start a lab on this machine: scheduler, workers, model manager and gateway. It ends with this process, or when it is closed.
 
     Where a lab already runs on the data folder (`data`, else `TETHER_HOME`, else the platform's), or is being started there, it attaches to
-    that one and says so. `gpus="auto"`: all of this machine.
+    that one and says so. `gpus="auto"`: all of this machine. `swarm=False`: no other lab is spoken with; `bootstrap`: nodes by which the
+    swarm is entered, `host:port,…`, in place of those of `TETHER_BOOTSTRAP`, else Hyperswarm's public ones.
 
     Raises: PortBusyError: `port` was asked for and is taken; StartFailedError: a service did not come up; ConfigError.
     """
     folder = DataFolder.locate(data)
-    settings = UpSettings(folder, workers=workers, gateway=gateway, port=port, gpus=gpu_count(gpus), pretend_gpus=pretend_gpus)
+    settings = UpSettings(
+        folder,
+        workers=workers,
+        gateway=gateway,
+        port=port,
+        gpus=gpu_count(gpus),
+        pretend_gpus=pretend_gpus,
+        swarm=swarm,
+        bootstrap=bootstrap,
+    )
     while (found := running(folder)) is None:
         try:
             return _started(settings)
@@ -226,24 +307,43 @@ def _check_version(lab: Running) -> None:
         )
 
 
-def connect(url: str | None = None, api_key: str | None = None, *, data: str | os.PathLike[str] | None = None) -> Lab:
+def connect(
+    url: str | None = None,
+    api_key: str | None = None,
+    *,
+    data: str | os.PathLike[str] | None = None,
+    bootstrap: str | None = None,
+) -> Lab:
     """A lab that runs already. Without `url` the one of the data folder; `http(s)://host:port` is a gateway anywhere.
+
+    `tether://<address>` is a lab anywhere in the swarm, reached with the identity of the data folder: by the manager of the lab that runs
+    there, else by one that is started for this, which enters the swarm by `bootstrap` (see `up`). An invitation,
+    `tether://<address>#<secret>`, lets this identity in; then the address is enough.
 
     The key: `api_key`, else `TETHER_API_KEY`, else, for the lab of the data folder, the one that it wrote at its first start.
 
-    Raises: NoLabError: none runs here; ServiceUnavailableError: nothing answers at `url`; UnsupportedError: another kind of address.
+    Raises: NoLabError: none runs here; ServiceUnavailableError: nothing answers at `url`; UnsupportedError: another kind of address;
+        PeerNotFoundError, PeerUnreachableError: nobody is at the address, or can be reached there; BadInvitationError, ForbiddenError;
+        ConfigError.
     """
-    if url is not None:
-        _check_scheme(url)
     folder = DataFolder.locate(data)
-    found = running(folder)
-    lab = Lab(_local(folder, found, api_key) if url is None else HttpClient(url, api_key or _key_for(url, found)))
+    lab = Lab(_client_for(url, api_key, folder, bootstrap))
     try:
         loop.run(lab.operations.client.live())
     except BaseException:
         lab.close()
         raise
     return lab
+
+
+def _client_for(url: str | None, api_key: str | None, folder: DataFolder, bootstrap: str | None) -> LabClient:
+    if url is not None:
+        if _scheme(url) == "tether":
+            from tether.client.peer import PeerClient  # the wire of the swarm: 30 ms, not for those who have a gateway
+
+            return PeerClient(folder, url, bootstrap)
+        return HttpClient(url, api_key or _key_for(url, running(folder)))
+    return _local(folder, running(folder), api_key)
 
 
 def _local(folder: DataFolder, found: Running | None, api_key: str | None) -> HttpClient:
@@ -262,16 +362,13 @@ def _key_for(url: str, found: Running | None) -> str | None:
     return os.environ.get(KEY_ENV) or (found.api_key if found is not None and local else None)
 
 
-_LATER = {
-    "tether": "labs found through Hyperswarm",
-    "tls": "joining a cluster as a member",
-}
-"""Kinds of address that are planned."""
-
-
-def _check_scheme(url: str) -> None:
+def _scheme(url: str) -> str:
+    """Raises: UnsupportedError: nothing that one can connect to."""
     scheme = urlsplit(url).scheme
-    if scheme in _LATER:
-        raise UnsupportedError(f"{scheme}:// addresses ({_LATER[scheme]}) come in a later version; use the http(s):// address of a gateway")
-    if scheme not in {"http", "https"}:
-        raise UnsupportedError(f"{url!r} is no address of a lab; use http://host:port or https://host:port")
+    if scheme == "tls":
+        raise UnsupportedError(
+            "tls:// addresses (joining a cluster as a member) come in a later version; use the http(s):// address of a gateway"
+        )
+    if scheme not in {"http", "https", "tether"}:
+        raise UnsupportedError(f"{url.partition('#')[0]!r} is no address of a lab; use http://host:port, https://host:port or tether://…")
+    return scheme

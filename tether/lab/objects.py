@@ -24,7 +24,6 @@ __all__ = [
     "Model",
     "Problem",
     "Repair",
-    "Revoked",
     "Service",
     "Status",
     "Verification",
@@ -318,20 +317,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         )
         models = html_table("models", ("name", "versions"), [(each.name, str(len(each.versions))) for each in self.models])
         return services + workers + models
-
-
-class Revoked(msgspec.Struct, frozen=True, kw_only=True):
-    """What taking encrypted models from another lab did."""
-
-    peer: str
-    models: tuple[str, ...]
-    """Those whose later versions have a new key."""
-    message: str
-    envelopes: dict[str, dict[str, str]]
-    """With the new keys, for those who keep the model: model → public key → envelope."""
-
-    def __repr__(self) -> str:
-        return f"<Revoked: {', '.join(self.models) or 'nothing'} from {self.peer[:12]}>"
 
 
 class AliasMove(msgspec.Struct, frozen=True, kw_only=True, rename={"before": "from", "after": "to"}):

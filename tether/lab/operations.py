@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import msgspec
 
+from tether import ports
 from tether.client.exporting import StoredFile, export_files, fetch_file, is_encrypted, stored_files
-from tether.client.http import HttpClient
+from tether.client.lab_client import LabClient
 from tether.client.publishing import EXAMPLE, DraftFile, Source, cut_model, draft, model_sources, publish_draft, upload
 from tether.errors import (
     BadInputError,
@@ -24,6 +25,8 @@ from tether.errors import (
     UnknownAliasError,
     UnknownVersionError,
 )
+from tether.lab.admitting import Admitting
+from tether.lab.copying import Copying
 from tether.lab.mending import advice
 from tether.lab.objects import (
     AliasMove,
@@ -31,15 +34,16 @@ from tether.lab.objects import (
     Diff,
     Model,
     Repair,
-    Revoked,
     Status,
     Verification,
     Version,
     WorkerInfo,
     described,
 )
+from tether.lab.replicating import Replicating
 from tether.lab.tensors import named_arrays, to_npz
 from tether.lab.weights import open_weights
+from tether.security.addresses import SCHEME
 from tether.types import Array, Digest, InferResponse, ModelRef, Tensors, TensorSpec, model_name
 from tether.wire.npz import from_npz
 
@@ -64,22 +68,38 @@ class _Known:
     """That answered the last request; another one may have other inputs."""
 
 
-class Operations:
-    """A lab behind a gateway. Every call raises the errors of the tree, as `HttpClient` has them."""
+class Operations(Admitting, Replicating, Copying):
+    """A lab behind a gateway, or elsewhere in the swarm. Every call raises the errors of the tree, as its client has them."""
 
-    def __init__(self, client: HttpClient | None) -> None:
+    def __init__(self, client: LabClient | None) -> None:
         """None: the lab was started without a gateway, and no call can be made yet."""
         self._client = client
         self._known: dict[str, _Known] = {}
 
     @property
-    def client(self) -> HttpClient:
+    def client(self) -> LabClient:
         """Raises: ServiceUnavailableError: the lab has no gateway."""
         if self._client is None:
             raise ServiceUnavailableError(
                 "this lab was started without a gateway; start it with tether.up(gateway=True), or `tether gateway`"
             )
         return self._client
+
+    @property
+    def _door(self) -> ports.Admitting:
+        return self.client.admitting
+
+    @property
+    def _keeper(self) -> ports.Replicating:
+        return self.client.replicating
+
+    @property
+    def _copier(self) -> ports.Copying:
+        return self.client.copying
+
+    @property
+    def _elsewhere(self) -> str | None:
+        return self.client.url if self.client.url.startswith(SCHEME) else None
 
     async def publish(  # noqa: PLR0913 (all that can be said of a model)
         self,
@@ -272,30 +292,14 @@ class Operations:
         """Let the holder of a public key publish models that run code here. Only for people whom one would lend the machine."""
         await self.client.trust(publisher, scopes)
 
-    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, str]:
-        """Let another lab, named by its public key, open encrypted models of this one: `scopes` are `decrypt:NAME`.
-
-        Gives an envelope for each model, text that only that lab can open, with `accept`. Raises: BadKeyError; LockedModelError: no model
-        of the name is encrypted.
-        """
-        return described(_Envelopes, await self.client.allow(peer, scopes)).envelopes
-
-    async def disallow(self, peer: str, scopes: Sequence[str]) -> Revoked:
-        """Take encrypted models from a lab: what is published from now on has a new key. What it has, it keeps."""
-        return described(Revoked, await self.client.revoke_decrypt(peer, scopes))
-
     async def accept(self, envelope: str) -> str:
         """Keep the model keys in an envelope that another lab made for this one; gives `publisher~name` of what can be opened now.
 
         Raises: BadEnvelopeError.
         """
-        accepted = described(_Accepted, await self.client.accept(envelope))
+        accepted = described(_Accepted, await self._door.accept(envelope))
         self._known.clear()
         return f"{accepted.publisher}~{accepted.name}"
-
-    async def rotate(self) -> str:
-        """Replace the cluster key, which protects the keys of all encrypted models; gives the new one's id. Back its file up."""
-        return described(_Rotated, await self.client.rotate()).cluster_key
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -353,17 +357,9 @@ class _Published(msgspec.Struct, frozen=True):
     version: int
 
 
-class _Envelopes(msgspec.Struct, frozen=True):
-    envelopes: dict[str, str]
-
-
 class _Accepted(msgspec.Struct, frozen=True):
     publisher: str
     name: str
-
-
-class _Rotated(msgspec.Struct, frozen=True):
-    cluster_key: str
 
 
 def _key(name: str, version: int | None) -> str:

@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tether._version import __version__
-from tether.config import GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, worker_ports
+from tether.config import GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, bootstrap_nodes, worker_ports
 from tether.errors import ConfigError, LabRunningError, StartFailedError
 from tether.lab.ports import PortPicker, bind_exactly, ports_lock
 from tether.lab.processes import Process, ServiceSpec
+from tether.manager.locks import is_locked
+from tether.security.addresses import Address
+from tether.security.identity import Identity
 from tether.security.keys import ensure_api_key
 from tether.security.tls import ROLES, ensure_tls
 from tether.telemetry.service import Life
@@ -38,6 +41,8 @@ START_TIMEOUT = 60.0
 """Seconds for all services to answer, the wait for another lab that starts included."""
 _LOCK_PATIENCE = 0.5
 """Seconds to ask for the lock again: who only looks whether a lab runs holds it for a moment too."""
+_DISMISSAL = 15.0
+"""Seconds for a manager that serves this user's notebooks without a lab to finish its calls and go."""
 _POLL = 0.02
 _STOP_GRACE = 10.0
 _STOP_ORDER = ("gateway", "worker", "manager", "orchestrator")
@@ -58,6 +63,10 @@ class UpSettings:
     gpus: int = 0
     pretend_gpus: bool = False
     host: str = "127.0.0.1"
+    swarm: bool = True
+    """Whether other labs may be spoken with, once there is a reason to."""
+    bootstrap: str | None = None
+    """Nodes by which the swarm is entered, `host:port,…`; None: as `TETHER_BOOTSTRAP` says, else Hyperswarm's public ones."""
 
 
 @contextmanager
@@ -106,6 +115,8 @@ class Supervisor:
         self._processes: list[Process] = []
         self._started = time.time()
         self._gateway: socket.socket | None = None
+        self._address: str | None = None
+        """By which other labs find this one."""
         self._complete = self._ending = False
         lifeline, self._hold = os.pipe()
         self._lifeline = lifeline
@@ -131,6 +142,7 @@ class Supervisor:
         for role in ROLES:
             ensure_tls(self._data.tls, role)
         ensure_api_key(self._data.api_key)
+        self._address = str(Address(Identity.load_or_create(self._data.identity).public))
         for spec in self._specs():
             process = Process(spec, self._data.logs / f"{spec.name}.log", self._lifeline, self._write_state)
             self._processes.append(process)
@@ -158,7 +170,7 @@ class Supervisor:
         address = f"tls://127.0.0.1:{orchestrator}"
         specs = [
             ServiceSpec("orchestrator", "orchestrator", ["orchestrator", *root, "--port", str(orchestrator)]),
-            ServiceSpec("manager", "manager", ["manager", address, *root, "--port", str(manager)]),
+            ServiceSpec("manager", "manager", ["manager", address, *root, "--port", str(manager), *self._swarm_options()]),
         ]
         for index, wished in enumerate(worker_ports(settings.workers)):
             port = self._picker.free(f"worker-{index + 1}", wished)
@@ -169,6 +181,14 @@ class Supervisor:
             descriptor = self._gateway.fileno()
             specs.append(ServiceSpec("gateway", "gateway", ["gateway", address, *root, "--fd", str(descriptor)], (descriptor,)))
         return specs
+
+    def _swarm_options(self) -> list[str]:
+        """For the manager: whom it may speak with, and which gateway runs models for them."""
+        settings = self._settings
+        options = ["--gateway", self.url] if self.url else []
+        if not settings.swarm:
+            return [*options, "--no-swarm"]
+        return [*options, "--bootstrap", settings.bootstrap] if settings.bootstrap else options
 
     def _gpus(self, index: int) -> int:
         """GPUs are dealt round: worker 1 gets the first."""
@@ -193,7 +213,7 @@ class Supervisor:
     def description(self) -> dict[str, Any]:
         """The file that `tether status` and `tether.up()` read; its services are those of DESIGN.md §7."""
         return {
-            "address": None,
+            "address": self._address,
             "gateway": self.url,
             "data": str(self._data.root),
             "pid": os.getpid(),
@@ -237,6 +257,10 @@ def _forget(data: DataFolder) -> None:
 
 async def _start_alone(supervisor: Supervisor, data: DataFolder) -> None:
     """Raises: what `Supervisor.start` raises; StartFailedError: it takes too long."""
+    if is_locked(data.store / "writer.lock"):
+        from tether.client.own_manager import dismiss  # the wire of the swarm: 30 ms that a start on a free folder need not pay
+
+        await dismiss(data, _DISMISSAL)
     try:
         async with asyncio.timeout(START_TIMEOUT), _alone_with_ports(data):
             await supervisor.start()
@@ -301,6 +325,7 @@ def gpu_count(wished: int | Literal["auto"]) -> int:
 
 
 def _check(settings: UpSettings) -> None:
+    bootstrap_nodes(settings.bootstrap)
     if settings.workers < 1:
         raise ConfigError(f"{settings.workers} workers: a lab needs at least one")
     if settings.gpus and not settings.pretend_gpus and not Path("/dev/nvidiactl").exists():

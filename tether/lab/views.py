@@ -9,9 +9,10 @@ from tether.errors import NotFoundError
 from tether.lab import loop
 from tether.lab.objects import Model, WorkerInfo, html_table
 from tether.lab.operations import Operations
+from tether.lab.outsiders import PeerInfo
 from tether.lab.sizes import size_text
 
-__all__ = ["Models", "Workers"]
+__all__ = ["Models", "Peers", "Workers"]
 
 V = TypeVar("V")
 
@@ -78,6 +79,31 @@ class Workers(_Live[WorkerInfo]):
     def _repr_html_(self) -> str:
         rows = [(worker.id, worker.state, str(worker.gpus), ", ".join(worker.models)) for worker in self._now().values()]
         return html_table("workers", ("name", "state", "GPUs", "models"), rows)
+
+
+class Peers(_Live[PeerInfo]):
+    """Public key → `PeerInfo`; an address, a petname or a label finds it too."""
+
+    def __init__(self, operations: Operations) -> None:
+        super().__init__(operations.peers)
+
+    def __getitem__(self, name: str) -> PeerInfo:
+        """Raises: KeyError: there is none of this name, or several have the label."""
+        found = self._now()
+        if name in found:
+            return found[name]
+        named = [peer for peer in found.values() if name in {peer.address, peer.petname}]
+        labelled = named or [peer for peer in found.values() if name and peer.label == name]
+        if len(labelled) != 1:
+            raise KeyError(name)
+        return labelled[0]
+
+    def __repr__(self) -> str:
+        return f"<peers: {', '.join(f'{peer.name} {peer.state}' for peer in self._now().values()) or 'none yet: lab.invite lets one in'}>"
+
+    def _repr_html_(self) -> str:
+        rows = [(peer.petname or peer.label, peer.state, ", ".join(peer.scopes), peer.route or "") for peer in self._now().values()]
+        return html_table("peers", ("name", "state", "scopes", "connected"), rows)
 
 
 def _newest(model: Model) -> tuple[str, str]:

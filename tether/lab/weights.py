@@ -15,9 +15,12 @@ import msgspec
 
 from tether.client.exporting import checked_segment, is_encrypted
 from tether.client.http import HttpClient
+from tether.client.lab_client import LabClient
 from tether.client.together import together
+from tether.config import DataFolder
 from tether.errors import ChunkAlteredError, MalformedManifestError
 from tether.lab import loop
+from tether.security.addresses import SCHEME
 from tether.store.format.layout import slices
 from tether.store.format.manifest import ArrayEntry, Manifest, Segment, digest_of, encode
 from tether.types import Digest
@@ -34,7 +37,7 @@ _KEPT_NBYTES: Final = 64 << 20
 """Blobs that are remembered: zarr's chunks and ours need not begin at the same bytes, and small tensors share a blob."""
 
 
-def open_weights(client: HttpClient, name: str, number: int, digest: Digest) -> Weights:
+def open_weights(client: LabClient, name: str, number: int, digest: Digest) -> Weights:
     """The weights of a version that a gateway has. Raises: what its manifest's fetching raises."""
     from tether.store.hierarchy.zarr import VersionStore  # zarr: 0.4 s, not for those who only call models
 
@@ -44,10 +47,11 @@ def open_weights(client: HttpClient, name: str, number: int, digest: Digest) -> 
 class GatewayVersions:
     """One version of a lab, as `tether.store.hierarchy.reading.Versions`.
 
-    It pickles without the API key: where it is opened again, TETHER_API_KEY has to hold one if the gateway wants one.
+    It pickles without the API key: where it is opened again, TETHER_API_KEY has to hold one if the gateway wants one; a lab elsewhere in
+    the swarm is then reached with the identity of that machine's own data folder.
     """
 
-    def __init__(self, client: HttpClient, name: str, number: int) -> None:
+    def __init__(self, client: LabClient, name: str, number: int) -> None:
         self._client, self._name, self._number = client, name, number
         self._sealed = False
         """Whether it is encrypted, as its manifest says, which is asked for first."""
@@ -116,4 +120,12 @@ class GatewayVersions:
 
 
 def _reopen(url: str, name: str, number: int) -> Any:
-    return GatewayVersions(HttpClient(url, os.environ.get(KEY_ENV)), name, number)
+    return GatewayVersions(_client_for(url), name, number)
+
+
+def _client_for(url: str) -> LabClient:
+    if url.startswith(SCHEME):
+        from tether.client.peer import PeerClient  # the wire of the swarm: 30 ms, not for those who have a gateway
+
+        return PeerClient(DataFolder.locate(), url)
+    return HttpClient(url, os.environ.get(KEY_ENV))

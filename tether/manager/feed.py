@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 from blake3 import blake3
 
+from tether.security.access_file import AccessState
 from tether.store.index.mirror_tables import CatalogState
 
 __all__ = ["GONE", "LAG", "MOST", "Changes", "Followers"]
@@ -107,7 +108,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._models: dict[tuple[str, str], bytes] = {}
-        self._rest = b""
+        self._rest = self._access = b""
 
     def since(self, state: CatalogState) -> CatalogState:
         """What is new in `state`, which is a whole one; at first all of it."""
@@ -118,6 +119,12 @@ class Changes:
         rest = _print(state.rest)
         same, self._rest, self._models = rest == self._rest, rest, prints
         return CatalogState(change=state.change, whole=whole, models=changed, rest=None if same else state.rest)
+
+    def access_since(self, state: AccessState) -> AccessState | None:
+        """Who may do what, where that is new. It may be newer than the catalog that goes with it, and must not be older."""
+        now = _print(state)
+        same, self._access = now == self._access, now
+        return None if same else state
 
 
 def _print(value: object) -> bytes:

@@ -15,6 +15,8 @@ import structlog
 from tether.errors import ChunkAlteredError, ChunkMissingError, ConfigError, NoSpaceError, NotFoundError, StoreError, TetherError
 from tether.manager import secrets
 from tether.ports import SignedManifest
+from tether.security.access import Access
+from tether.security.access_file import AccessState
 from tether.security.identity import Identity
 from tether.store import Repository
 from tether.store.index.mirror_tables import CatalogState
@@ -57,10 +59,13 @@ class Link(Protocol):
 
 
 class Lab(Protocol):
-    """Whose models this manager signs."""
+    """Whose models this manager signs, and whom it lets in."""
 
     @property
     def public(self) -> str: ...
+
+    @property
+    def access(self) -> Access: ...
 
     def become(self, identity: Identity) -> None:
         """Be this lab from now on."""
@@ -161,6 +166,8 @@ class Follower:
                 message = await comm.read()
                 state = msgspec.msgpack.decode(message["state"], type=CatalogState)
                 await self._while_telling(comm, source, self._apply(hello["term"], state, list(message["keys"]), source))
+                if "access" in message:  # after the catalog, which refuses what comes late of an earlier term
+                    await _to_its_end(self._lab.access.mirror, msgspec.msgpack.decode(message["access"], type=AccessState))
                 await comm.write({"applied": state.change})
         finally:
             comm.abort()

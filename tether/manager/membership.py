@@ -18,7 +18,7 @@ from tether.errors import NotWriterError, ServiceUnavailableError
 from tether.events import Claim, Standing
 from tether.manager import secrets
 from tether.manager.feed import Changes, Followers
-from tether.manager.following import Channel, Follower
+from tether.manager.following import Channel, Follower, Lab
 from tether.manager.tenure import Tenure, boot_clock
 from tether.store import Repository
 
@@ -43,6 +43,10 @@ class Signal:
         """Wake all who wait."""
         self.event.set()
         self.event = asyncio.Event()
+
+    async def within(self, event: asyncio.Event, seconds: float) -> None:
+        """Wait for the `event` that was taken, or so long."""
+        await _first(event, None, seconds)
 
 
 class Membership:
@@ -203,8 +207,8 @@ class Membership:
 
     # --- followers
 
-    async def feed(self, comm: Channel, member: str, lab: str) -> None:
-        """Send a follower the catalog now and after each change, while this manager writes."""
+    async def feed(self, comm: Channel, member: str, lab: Lab) -> None:
+        """Send a follower the catalog, and who may do what, now and after each change, while this manager writes."""
         try:
             term, followers = self._tenure.check(boot_clock()), self._followers
         except NotWriterError as error:
@@ -213,25 +217,27 @@ class Membership:
         self._feeds += 1
         connection = self._feeds
         followers.joined(member, connection, boot_clock())
-        await comm.write({"term": term, "lab": lab})
+        await comm.write({"term": term, "lab": lab.public})
         hearing = asyncio.ensure_future(self._hear(comm, member, followers))
         try:
-            await self._send_changes(comm, member, followers, hearing)
+            await self._send_changes(comm, member, followers, lab, hearing)
         finally:
             followers.left(member, connection, boot_clock())
             hearing.cancel()
             await asyncio.gather(hearing, return_exceptions=True)
 
-    async def _send_changes(self, comm: Channel, member: str, followers: Followers, hearing: asyncio.Future[None]) -> None:
+    async def _send_changes(self, comm: Channel, member: str, followers: Followers, lab: Lab, hearing: asyncio.Future[None]) -> None:
         changes, sent = Changes(), -1
         while followers is self._followers and self._tenure.holds and not hearing.done():
             event = self._signal.event
             if followers.is_idle(member) and await asyncio.to_thread(self._repository.change_count) != sent:
                 state = changes.since(await asyncio.to_thread(self._repository.snapshot))
                 sent = state.change
+                access = changes.access_since(await asyncio.to_thread(lab.access.file.state))
                 keys = secrets.cluster_keys(self._repository.root.parent / "keys")
                 followers.sent(member, sent, boot_clock())
-                await comm.write({"state": msgspec.msgpack.encode(state), "keys": keys})
+                parts = {"state": state} if access is None else {"state": state, "access": access}
+                await comm.write({name: msgspec.msgpack.encode(part) for name, part in parts.items()} | {"keys": keys})
             await _first(event, hearing, _RENEW)
 
     async def _hear(self, comm: Channel, member: str, followers: Followers) -> None:

@@ -6,8 +6,9 @@ import asyncio
 import base64
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,9 +16,11 @@ import msgspec
 
 from tether.errors import BadNameError, LockedModelError, StoreError, UnknownModelError, UnknownVersionError
 from tether.events import CatalogModel
-from tether.manager.grants import Grants
+from tether.manager.admission import Admission
 from tether.manager.hierarchies import Hierarchies
 from tether.manager.publishing import EXAMPLE, Publisher
+from tether.security.access import Access
+from tether.security.access_file import AccessFile
 from tether.security.identity import Identity
 from tether.store import FILES, ModelRecord, Published, Repository, VersionRecord
 from tether.store.format.diff import diff
@@ -60,10 +63,6 @@ class Operations:
         "forget_store",
         "read_zarr",
         "trust",
-        "allow",
-        "revoke_decrypt",
-        "accept",
-        "rotate",
     )
 
     def __init__(self, repository: Repository, identity: Identity, workspace: Path) -> None:
@@ -73,13 +72,40 @@ class Operations:
         self._identity = identity
         self._publisher = Publisher(repository, identity, workspace)
         self._hierarchies = Hierarchies(repository)
-        self._grants = Grants(repository, identity)
         self._known: dict[Digest, _Facts] = {}
         """What the manifests say, read once: a digest never changes what it means."""
 
     @property
     def repository(self) -> Repository:
         return self._repository
+
+    @cached_property
+    def admission(self) -> Admission:
+        """Who is let in from outside. Its file is opened, or made, when this is first asked for.
+
+        Raises: ConfigError, FormatTooNewError, StoreError, NoSpaceError: the file can't be used.
+        """
+        access = Access(AccessFile.open(self._repository.root.parent / "access.sqlite"))
+        return Admission(self._repository, access, lambda: self._identity)
+
+    @property
+    def access(self) -> Access:
+        """Which peers may do what."""
+        return self.admission.access
+
+    def handlers(self) -> dict[str, Callable[..., Awaitable[Any]]]:
+        """All that can be asked, by name."""
+        return {name: getattr(provider, name) for provider in (self, self.admission) for name in provider.NAMES}
+
+    def close(self) -> None:
+        """Close what this opened; a second call does nothing. The repository is its owner's to close."""
+        if "admission" in self.__dict__:
+            self.access.file.close()
+
+    @property
+    def identity(self) -> Identity:
+        """The lab's."""
+        return self._identity
 
     @property
     def public(self) -> str:
@@ -90,7 +116,6 @@ class Operations:
         """Be another lab's from now on: this store, where this one never published, follows one of that lab."""
         self._repository.set_own(identity.public)
         self._identity, self._publisher = identity, replace(self._publisher, identity=identity)
-        self._grants = Grants(self._repository, identity)
 
     async def put_blob(self, digest: str, data: bytes, encrypt: str | None = None) -> dict[str, Any]:
         if encrypt is None:
@@ -104,8 +129,9 @@ class Operations:
             return await asyncio.to_thread(self._repository.read_blob, Digest(digest))
         return await asyncio.to_thread(self._hierarchies.blob, version, Digest(digest))
 
-    async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
-        published, record = await self._publisher.publish(model_name(name), draft)
+    async def publish(self, name: str, draft: Mapping[str, Any], peer: str | None = None) -> dict[str, Any]:
+        """As the port says; `peer`: the lab that asks for it, if it is not this one's own people."""
+        published, record = await self._publisher.publish(model_name(name), draft, peer)
         return await asyncio.to_thread(self._published, published, record)
 
     async def models(self) -> list[dict[str, Any]]:
@@ -176,18 +202,6 @@ class Operations:
         await asyncio.to_thread(self._repository.trust, publisher, scopes)
         return {"publisher": publisher, "scopes": list(scopes)}
 
-    async def allow(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
-        return await asyncio.to_thread(self._grants.allow, peer, scopes)
-
-    async def revoke_decrypt(self, peer: str, scopes: Sequence[str]) -> dict[str, Any]:
-        return await asyncio.to_thread(self._grants.revoke, peer, scopes)
-
-    async def accept(self, envelope: str) -> dict[str, Any]:
-        return await asyncio.to_thread(self._grants.accept, envelope)
-
-    async def rotate(self) -> dict[str, Any]:
-        return await asyncio.to_thread(self._grants.rotate)
-
     def _repair(self, ref: ModelRef) -> dict[str, Any]:
         report = self._repository.repair(self._repository.staged_blob, ref)
         paths = self._paths(ref, set(report.failed)) if report.failed else {}
@@ -195,12 +209,15 @@ class Operations:
 
     def _paths(self, ref: ModelRef, blobs: set[Digest]) -> dict[Digest, str]:
         """Of these blobs the array that each is of."""
-        try:
-            manifest = self._repository.manifest(self._repository.resolve(ref).digest)
-        except (StoreError, LockedModelError):  # it is what could not be mended, or nobody here may read it
-            return {}
-        arrays = [array for array in manifest.arrays if not array.path.startswith(f"{TENSORS}/")]
-        return {part.digest: array.path for array in arrays for part in array.segments if part.digest in blobs}
+        found: dict[Digest, str] = {}
+        for version in self._repository.versions_meant(ref):
+            try:
+                manifest = self._repository.manifest(version.digest)
+            except (StoreError, LockedModelError):  # it is what could not be mended, or nobody here may read it
+                continue
+            arrays = [array for array in manifest.arrays if not array.path.startswith(f"{TENSORS}/")]
+            found |= {part.digest: array.path for array in arrays for part in array.segments if part.digest in blobs}
+        return found
 
     def _published(self, published: Published, record: VersionRecord) -> dict[str, Any]:
         info = msgspec.to_builtins(self._facts(record.digest).info)

@@ -23,6 +23,7 @@ import msgspec
 from tether.errors import (
     BadInputError,
     ConflictError,
+    ForbiddenError,
     HostileModelError,
     MalformedManifestError,
     MalformedRequestError,
@@ -30,6 +31,7 @@ from tether.errors import (
     NoSpaceError,
     UntrustedCodeError,
 )
+from tether.runtimes import DATA_FORMATS, recognise
 from tether.runtimes.inspecting import Inspection, inspect_in_sandbox, limits_for
 from tether.security.identity import Identity
 from tether.security.volatile import VolatileFolder
@@ -112,15 +114,23 @@ class Publisher:
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "publish"))
     """Of its own: gigabytes that are copied and hashed must keep no short call waiting for a thread."""
 
-    async def publish(self, name: str, body: Mapping[str, Any]) -> tuple[Published, VersionRecord]:
-        """What became of it, and the version. Raises: what parsing, inspecting and storing raise; nothing was stored then."""
+    async def publish(self, name: str, body: Mapping[str, Any], peer: str | None = None) -> tuple[Published, VersionRecord]:
+        """What became of it, and the version. `peer`: key of the lab that asks, if another does: its code runs here only if trusted for it.
+
+        Raises: what parsing, inspecting and storing raise; nothing was stored then.
+        """
         draft = parse_draft(body)
         if isinstance(draft, SignedManifest):
+            if peer is not None:
+                raise ForbiddenError("a version that another lab signed is brought here by this lab itself: `tether replicate`")
             return await self._in_thread(self._adopt, name, draft)
+        if draft.encrypt and peer is not None:
+            raise ForbiddenError(f"{name} can't be encrypted from outside: publish it in the lab that has its key")
         arrays = [ArrayEntry(f"{FILES}/{file.path}", "uint8", (file.nbytes,), file.segments) for file in draft.files]
         intake = await self._in_thread(self._intake, name, draft.encrypt)
         await self._in_thread(_check_present, intake, arrays)
-        manifest = await self._inspected(intake, draft, arrays)
+        runs_code = peer is None or await self._in_thread(self.repository.trusted, peer, "code")
+        manifest = await self._inspected(intake, draft, arrays, runs_code=runs_code)
         return await self._in_thread(self._commit, name, draft, intake, manifest)
 
     @cached_property
@@ -158,12 +168,17 @@ class Publisher:
     def _record(self, name: str, published: Published, publisher: str) -> VersionRecord:
         return self.repository.resolve(ModelRef(name, version=published.version), publisher)
 
-    async def _inspected(self, intake: Intake, draft: Draft, arrays: list[ArrayEntry]) -> Manifest:
-        """Put the files together outside of the cache, look at them in the sandbox, keep what the model answered to its example."""
+    async def _inspected(self, intake: Intake, draft: Draft, arrays: list[ArrayEntry], *, runs_code: bool) -> Manifest:
+        """Put the files together outside of the cache, look at them in the sandbox, keep what the model answered to its example.
+
+        Raises: UntrustedCodeError: it could run code, and is from somebody whose code does not run here.
+        """
         async with self._folder(in_memory=bool(draft.encrypt)) as root:
             # the rules of a manifest's paths hold before a byte is written
             decode(encode(_manifest(draft, arrays, _NOTHING_KNOWN)))
             await self._in_thread(_assemble, intake, arrays, root)
+            if not runs_code:
+                await self._in_thread(_check_data, root / draft.entry, draft.framework)
             example, entry = root / EXAMPLE, root / draft.entry
             limits = limits_for(entry)
             found = await inspect_in_sandbox(
@@ -223,6 +238,16 @@ def _check_present(intake: Intake, arrays: list[ArrayEntry]) -> None:
     if missing:
         intake.plan(arrays)
         raise MissingBlobsError(f"{len(missing)} blobs are not here yet; PUT /tether/v1/blobs/<digest>, then send this again", missing)
+
+
+def _check_data(entry: Path, framework: str | None) -> None:
+    """Raises: UntrustedCodeError; what `recognise` raises."""
+    _, form = recognise(entry, framework)
+    if form not in DATA_FORMATS:
+        raise UntrustedCodeError(
+            f"a model in this format ({form}) can run code, and this lab does not trust your key for that: publish ONNX, or ask the "
+            "lab for `tether trust KEY --code`"
+        )
 
 
 def _assemble(intake: Intake, arrays: list[ArrayEntry], root: Path) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tether.runtimes.arrivals import Arrivals
     from tether.runtimes.signatures import Signature
 
-__all__ = ["FORMATS", "FRAMEWORKS", "inspect", "load", "load_arriving", "recognise", "runtime_for", "warm"]
+__all__ = ["DATA_FORMATS", "FORMATS", "FRAMEWORKS", "inspect", "load", "load_arriving", "recognise", "runtime_for", "warm"]
 
 FRAMEWORKS = ("custom", "onnx", "torch", "tensorflow")
 """In the order of recognition: a folder's `model.py` decides, since it may load any other file beside it."""
@@ -23,6 +23,8 @@ FORMATS = (
     "an .onnx file (or a folder with one), a .pt2 file (torch.export.save), TorchScript (.pt, .pts), "
     "a TensorFlow SavedModel folder, a .keras file, a folder with model.py or one .py file"
 )
+DATA_FORMATS: frozenset[ModelFormat] = frozenset({"onnx"})
+"""What can be loaded without running anything that its author wrote: from anyone, then. All others are code (DESIGN.md §3)."""
 _CLASSES = {"custom": "CustomRuntime", "onnx": "OnnxRuntime", "tensorflow": "TensorFlowRuntime", "torch": "TorchRuntime"}
 
 

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 import structlog
 
-from tether.errors import BadNameError, BadScopeError, ForbiddenError, NoSpaceError, NotFoundError, StoreError, UnknownModelError
+from tether.errors import (
+    BadNameError,
+    BadScopeError,
+    ForbiddenError,
+    NoSpaceError,
+    NotFoundError,
+    ScopeStillOpenError,
+    StoreError,
+    UnknownModelError,
+)
 from tether.security.access_file import AccessFile, AccessState, AuditLine, PeerRow, add_line, drop_peer, put_peer
 from tether.security.addresses import public_key
 from tether.security.scopes import ENROL, Scope, Scopes
@@ -108,7 +117,12 @@ class Access:
         """All that are known, also those that were sent away; by key."""
         with self.file.lock:
             rows = [self._rows[key] for key in sorted(self._rows)]
-        return [Peer(row.key, row.label, _scopes(row), row.since, row.revoked, row.banned) for row in rows]
+        return [_peer(row) for row in rows]
+
+    def find(self, peer: str) -> Peer | None:
+        """What is known of a key (hex)."""
+        row = self._rows.get(peer)
+        return None if row is None else _peer(row)
 
     def audit(self, most: int = 100) -> list[AuditLine]:
         """The latest changes, oldest first."""
@@ -177,13 +191,22 @@ class Access:
     def disallow(self, peer: str, scopes: Iterable[Scope]) -> Scopes:
         """Take scopes away; gives those that are left. Holds at once, also where the disk refuses to remember it.
 
-        Raises: BadKeyError, BadAddressError; NotFoundError: it is not known; NoSpaceError, StoreError: it is not remembered.
+        Raises: BadKeyError, BadAddressError, BadScopeError; NotFoundError: it is not known; ScopeStillOpenError: another scope of its would
+        still open some of it, and nothing was taken; NoSpaceError, StoreError: it is not remembered.
         """
         key, gone = public_key(peer), Scopes(scopes)
         with self.file.lock:
             row = self._known(key)
-            self._take(row._replace(scopes=_text(_scopes(row).without(gone))), "disallow", _text(gone))
-        return self.scopes(key)
+            held = _scopes(row)
+            if still := held.still_open(gone):
+                raise ScopeStillOpenError(
+                    f"nothing was taken from {key}: it has {', '.join(still.texts())}, which opens the same as {', '.join(gone.texts())}; "
+                    "take that one as well",
+                    still.texts(),
+                )
+            left = held.without(gone)
+            self._take(row._replace(scopes=_text(left)), "disallow", _text(gone))
+        return left
 
     def revoke(self, peer: str) -> Revocation:
         """Take everything: live streams end at once; only `allow`, or an invitation made after this, lets the key in again.
@@ -298,6 +321,10 @@ def printable(text: str) -> str:
 def tell(line: AuditLine, label: str) -> None:
     """The log's copy of an audit line, once that is durable."""
     log.info("access", action=line.action, subject=line.subject, label=label, detail=line.detail)
+
+
+def _peer(row: PeerRow) -> Peer:
+    return Peer(row.key, row.label, _scopes(row), row.since, row.revoked, row.banned)
 
 
 def _active(row: PeerRow) -> Scopes:

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple, Self
 import msgspec
 
 from tether.errors import ConfigError, FormatTooNewError, NoSpaceError, StoreError
+from tether.security.files import sync_folder
 
 __all__ = ["AccessFile", "AccessState", "AuditLine", "InvitationRow", "PeerRow"]
 
 FORMAT = 1
 _BUSY = 10.0
 """Seconds to wait for another process: there is none but a `tether backup`."""
+_MAX_AUDIT = 100_000
+"""Lines that are kept, the newest: 20 MB. Whoever may make the lab write one could fill the disk otherwise."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS peers (key TEXT PRIMARY KEY, label TEXT NOT NULL, scopes TEXT NOT NULL, since REAL NOT NULL, revoked REAL,
   banned TEXT) WITHOUT ROWID;
@@ -97,6 +100,8 @@ class AccessFile:
         self._db = db
         self.lock = threading.RLock()
         """Held by whoever changes something, from reading what is there until memory says the same as the file."""
+        self.commits = 0
+        """Changes since this was opened."""
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -113,7 +118,7 @@ class AccessFile:
             db = sqlite3.connect(path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
             try:
                 _prepare(db, path)
-                _sync(path.parent)
+                sync_folder(path.parent)
             except BaseException:
                 db.close()
                 raise
@@ -132,6 +137,7 @@ class AccessFile:
             try:
                 yield self._db
                 self._db.execute("COMMIT")
+                self.commits += 1
             except BaseException:
                 with suppress(sqlite3.Error):
                     if self._db.in_transaction:
@@ -220,8 +226,9 @@ def end_invitation(db: sqlite3.Connection, invitation: str, now: float) -> None:
 
 
 def add_line(db: sqlite3.Connection, line: AuditLine) -> None:
-    """What is not written down does not happen: the same transaction."""
-    db.execute("INSERT INTO audit (at, action, subject, detail) VALUES (?, ?, ?, ?)", line)
+    """What is not written down does not happen: the same transaction. The oldest makes room."""
+    (number,) = db.execute("INSERT INTO audit (at, action, subject, detail) VALUES (?, ?, ?, ?) RETURNING id", line).fetchone()
+    db.execute("DELETE FROM audit WHERE id <= ?", (number - _MAX_AUDIT,))
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
@@ -232,15 +239,6 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     if found > FORMAT:
         raise FormatTooNewError(f"{path} has format {found}; this Tether understands up to {FORMAT}: update Tether")
     db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
-
-
-def _sync(folder: Path) -> None:
-    """A file that was just made has its name after a power cut, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from tether.errors import BadSignatureError, ConfigError, StoreError
 from tether.security.envelopes import open_sealed
+from tether.security.files import sync_folder
 
 __all__ = ["Identity", "verify"]
 
@@ -46,13 +47,18 @@ class Identity:
         except OSError as error:
             raise StoreError(f"the identity {path} can't be read or written ({error.strerror}): mend the folder's permissions") from error
 
+    @property
+    def seed(self) -> bytes:
+        """The 32 secret bytes: hyperdht makes the same key pair of them, so that a lab's address is the key that signs its models."""
+        return self._private.private_bytes_raw()
+
     def sign(self, message: bytes) -> bytes:
         """The signature, 64 bytes. The caller sets kinds of messages apart by a prefix."""
         return self._private.sign(message)
 
     def open_sealed(self, envelope: bytes) -> bytes:
         """What was sealed for this key by `envelopes.seal_to`. Raises: BadEnvelopeError."""
-        return open_sealed(self._private.private_bytes_raw(), envelope)
+        return open_sealed(self.seed, envelope)
 
     def __repr__(self) -> str:
         return f"Identity({self.public})"
@@ -89,11 +95,7 @@ def _create(path: Path) -> None:
         pass
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _read(path: Path) -> bytes:

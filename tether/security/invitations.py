@@ -14,6 +14,7 @@ from tether.errors import (
     BadInvitationError,
     BadKeyError,
     BadScopeError,
+    BadTermsError,
     ConflictError,
     ForbiddenError,
     NotFoundError,
@@ -66,14 +67,14 @@ class Invitations:
     def invite(self, scopes: Iterable[Scope], *, expires: float | None = EXPIRES, uses: int = 1, label: str = "") -> Secret:
         """Make one. The secret is nowhere but in the answer. `expires`: seconds from now; None: never.
 
-        Raises: BadScopeError: none, or too many; BadNameError: `label`; BadInvitationError: `uses`, `expires`; ConflictError: there are
+        Raises: BadScopeError: none, or too many; BadNameError: `label`; BadTermsError: `uses`, `expires`; ConflictError: there are
         too many; NoSpaceError, StoreError.
         """
         granted, now, secret = Scopes(scopes), self._access.clock(), Secret.new()
         if not granted:
             raise BadScopeError("an invitation to nothing: give at least one scope, such as infer:digits")
         if not 1 <= uses <= _MAX_USES or (expires is not None and not 0 < expires < float("inf")):
-            raise BadInvitationError(f"an invitation has 1 to {_MAX_USES} uses, and expires after some seconds or never")
+            raise BadTermsError(f"an invitation has 1 to {_MAX_USES} uses, and expires after some seconds or never")
         until, named, texts = None if expires is None else now + expires, checked_label(label), " ".join(granted.texts())
         with self._file.lock:
             row = InvitationRow(secret.id, secret.stored(), texts, named, self._access.invited(), until, uses, 0, None)
@@ -147,9 +148,7 @@ class Invitations:
         """
         now = self._access.clock()
         with self._file.lock:
-            row = self._file.invitation(invitation)
-            if row is None:
-                raise NotFoundError(f"there is no invitation {invitation[:40]!r}: `tether invite --list` shows their numbers")
+            row = self._row(invitation)
             line = AuditLine(now, "revoke-invitation", row.id, row.scopes)
             with self._file.writing() as db:
                 tables.end_invitation(db, row.id, now)
@@ -157,10 +156,20 @@ class Invitations:
             tell(line, row.label)
             return self._shown(row._replace(revoked=row.revoked or now), now)
 
+    def get(self, invitation: str) -> Invitation:
+        """One. Raises: NotFoundError."""
+        return self._shown(self._row(invitation), self._access.clock())
+
     def list(self) -> list[Invitation]:
         """All, oldest first."""
         now = self._access.clock()
         return [self._shown(row, now) for row in self._file.invitations()]
+
+    def _row(self, invitation: str) -> InvitationRow:
+        row = self._file.invitation(invitation)
+        if row is None:
+            raise NotFoundError(f"there is no invitation {invitation[:40]!r}: `tether invite --list` shows their numbers")
+        return row
 
     def _shown(self, row: InvitationRow, now: float) -> Invitation:
         scopes, peers = Scopes.parse(row.scopes.split()), tuple(self._file.enrolled(row.id))
@@ -173,13 +182,13 @@ def seconds_of(text: str) -> float | None:
     >>> seconds_of("30d"), seconds_of("never")
     (2592000.0, None)
 
-    Raises: BadInvitationError.
+    Raises: BadTermsError.
     """
     if text == "never":
         return None
     found = _SPAN.fullmatch(text)
     if found is None:
-        raise BadInvitationError(f"{text[:40]!r} is no span of time: write 90s, 45m, 12h, 30d or never")
+        raise BadTermsError(f"{text[:40]!r} is no span of time: write 90s, 45m, 12h, 30d or never")
     return float(found[1]) * _SECONDS[found[2]]
 
 

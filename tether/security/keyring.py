@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tether.errors import ClusterKeyMissingError, ConfigError, StoreError, TetherError
-from tether.security.files import locked, written_aside
+from tether.security.files import locked, sync_folder, written_aside
 
 __all__ = ["Keyring", "wrapped_by"]
 
@@ -124,7 +124,7 @@ class Keyring:
             path = self._path(key)
             with contextlib.suppress(FileNotFoundError):
                 path.rename(path.with_name(path.name + _RETIRED))  # a crash from here on leaves no half-wiped key under a key's name
-                _sync(self._folder)
+                sync_folder(self._folder)
             self._sweep()
             self._keys.pop(key, None)
 
@@ -188,7 +188,7 @@ class Keyring:
         key = _ClusterKey(number, _id_of(secret), secret)
         with written_aside(self._path(key.id), f"{number} {secret.hex()}\n".encode()) as partial:
             partial.rename(self._path(key.id))
-            _sync(self._folder)
+            sync_folder(self._folder)
         self._keys[key.id] = key
         return key
 
@@ -197,7 +197,7 @@ class Keyring:
         for pattern in (f"cluster-*{_RETIRED}", "cluster-*.partial"):
             for path in self._folder.glob(pattern):
                 _wipe(path)
-        _sync(self._folder)
+        sync_folder(self._folder)
 
 
 def wrapped_by(wrapped: bytes) -> str:
@@ -236,14 +236,6 @@ def _wipe(path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _altered() -> StoreError:

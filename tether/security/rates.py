@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tether.errors import ConfigError
+
 __all__ = ["Bucket"]
 
 
 @dataclass(slots=True)
 class Bucket:
-    """A token bucket: `burst` at once, then `rate` a second. Times are any clock's; one that goes back gives nothing and takes nothing."""
+    """A token bucket: `burst` at once, then `rate` a second. Times are any clock's; one that goes back gives nothing and takes nothing.
+
+    Raises: ConfigError: `rate` is not over 0: what waits would wait for ever.
+    """
 
     rate: float
     burst: float
@@ -17,6 +22,8 @@ class Bucket:
     _at: float = field(init=False, default=float("-inf"))
 
     def __post_init__(self) -> None:
+        if not self.rate > 0:
+            raise ConfigError(f"a rate of {self.rate:g} a second lets nothing through: give one over 0")
         self._level = self.burst
 
     def take(self, amount: float, now: float) -> bool:

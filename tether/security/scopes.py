@@ -29,6 +29,7 @@ _MAX_NAME = 129
 _MAX_STARS = 2
 """In one half of a glob: what a match costs grows with the length of the name to that power."""
 _LETTERS = "[a-z0-9._-]"
+_LETTERS_OR_STAR = "[a-z0-9._*-]"
 _HALF = re.compile(rf"(?:{_LETTERS}|\*){{1,64}}")
 _NAME = re.compile(rf"[a-z0-9]{_LETTERS}{{0,63}}")
 _ANY = rf"(?:{_LETTERS}+~)?{_LETTERS}+"
@@ -75,6 +76,7 @@ METHODS: dict[str, Method] = {
     "have": _method("replicate", whole=True),
     "blobs": _method("replicate"),
     "feed": _method("models", "replicate", whole=True),
+    "stage": _method("publish"),
     "publish": _method("publish"),
     "alias": _method("publish"),
     "events": _method("events"),
@@ -111,6 +113,18 @@ class Scope:
         """Whether it is for the model of this name (as in a URL)."""
         return len(model) <= _MAX_NAME and re.fullmatch(self.pattern, model) is not None
 
+    def includes(self, other: Scope) -> bool:
+        """Whether all that the other opens is opened by this one. Of two odd globs that may be said to be not so though it is."""
+        if self.verb != other.verb or not (self.models and other.models):
+            return self.verb == other.verb and not self.models
+        return re.fullmatch(self.pattern.replace(_LETTERS, _LETTERS_OR_STAR), other.models) is not None
+
+    def meets(self, other: Scope) -> bool:
+        """Whether there could be something that both open."""
+        if self.verb != other.verb or not (self.models and other.models):
+            return self.verb == other.verb
+        return _meet(self.models, other.models)
+
     @property
     def pattern(self) -> str:
         """Of the names that it is for."""
@@ -135,6 +149,26 @@ def _fits(kind: _Models, models: str, *, given: bool) -> bool:
             return _NAME.fullmatch(models) is not None
         case _Models.NOTHING:
             return not given
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether a name fits both globs: all pairs of places in them that the same beginning of a name can lead to."""
+    seen, todo = set(), [(0, 0)]
+    while todo:
+        here = i, j = todo.pop()
+        if here == (len(one), len(other)):
+            return True
+        if here in seen:
+            continue
+        seen.add(here)
+        a, b = one[i : i + 1], other[j : j + 1]
+        if a == "*":
+            todo.append((i + 1, j))
+        if b == "*":
+            todo.append((i, j + 1))
+        if a and b and (a == b or (a == "*" and b != "~") or (b == "*" and a != "~")):
+            todo.append((i + (a != "*"), j + (b != "*")))
+    return False
 
 
 def _is_glob(text: str) -> bool:
@@ -189,6 +223,18 @@ class Scopes:
     def without(self, others: Iterable[Scope]) -> Scopes:
         gone = set(others)
         return Scopes(scope for scope in self._scopes if scope not in gone)
+
+    def still_open(self, gone: Iterable[Scope]) -> Scopes:
+        """Those that would be left and still open some of what is to go: so that it does not seem closed and is not.
+
+        A narrower one beside a wide one that goes (`infer:digits` beside `infer`) is no such: it was given apart.
+        """
+        taken = set(gone)
+        return Scopes(
+            each
+            for each in self._scopes
+            if each not in taken and any(each.meets(one) and not (one in self._scopes and one.includes(each)) for one in taken)
+        )
 
     def texts(self) -> list[str]:
         return [str(scope) for scope in self._scopes]

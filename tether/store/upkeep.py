@@ -6,22 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tether.errors import ChunkAlteredError, ChunkMissingError, ConflictError, MissingBlobsError
+from tether.security.identity import verify
 from tether.store.collecting.collected import GcReport
 from tether.store.collecting.collection import GRACE
 from tether.store.collecting.collector import Collector
 from tether.store.collecting.marking import pack_files, scanned
-from tether.store.format.manifest import MAX_NBYTES
-from tether.store.format.records import Report
+from tether.store.format.manifest import MAX_NBYTES, decode, signed_message
+from tether.store.format.records import Report, VersionRecord
 from tether.store.index import mirror_tables
-from tether.store.index.mirror_tables import CatalogState, Footing
+from tether.store.index.mirror_tables import CatalogState, Footing, ModelState, VersionState
 from tether.store.packing.disk import disk_errors, sync_folder
 from tether.store.packing.reserve import reserve_of
 from tether.store.packing.staging import Planned, Run
-from tether.store.publishing import Publishing
+from tether.store.publishing import Publishing, checked_alias
 from tether.store.repair import RepairReport, Source, fetched
 from tether.store.scrubbing import Cursor, Scrubbed, scrub
 from tether.store.verification import Damage, problem, survey
-from tether.types import Digest, ModelRef
+from tether.types import Digest, ModelRef, model_name
 
 __all__ = ["Upkeep"]
 
@@ -38,11 +40,18 @@ class Upkeep(Publishing):
         self._collector = Collector(self._surroundings, self._marker, self._blobs.read_into, self._blobs.files.let_go_of_deleted)
 
     def verify(self, ref: ModelRef | None = None) -> Report:
-        """Read every byte of a version (None: of all versions and packs) and say what is damaged. Raises for an unknown `ref` only."""
+        """Read every byte of `versions_meant` (None: all, and all packs) and say what is damaged. Raises for an unknown `ref` only."""
         return self._survey(ref).report
 
+    def versions_meant(self, ref: ModelRef) -> list[VersionRecord]:
+        """All versions of a model where a bare name is given, else the one. Raises: NotFoundError and its kin."""
+        one = self._catalog.resolve(ref)
+        if (ref.version, ref.alias, ref.sha) != (None, None, None):
+            return [one]
+        return [version for model in self.models() if model.name == one.name for version in model.versions]
+
     def _survey(self, ref: ModelRef | None) -> Damage:
-        versions = [self._catalog.resolve(ref)] if ref else [version for model in self.models() for version in model.versions]
+        versions = self.versions_meant(ref) if ref else [version for model in self.models() for version in model.versions]
         damage = survey(versions, self.manifest_bytes, self._blobs, [] if ref else self._pack_files())
         forged = [
             problem(f"{version.name}:{version.version}", version.digest, error) for version, error in self._signatures.wrong(versions)
@@ -57,7 +66,7 @@ class Upkeep(Publishing):
         return scrub([*known.union(self._pack_files())], self._blobs, limit_nbytes_per_second, stop, start_after)
 
     def repair(self, source: Source, ref: ModelRef | None = None) -> RepairReport:
-        """Mend what is missing or altered of a version (None: of all, and of all packs) with what `source` has; call again for another.
+        """Mend what is missing or altered of `versions_meant` (None: all, and all packs) with what `source` has; call again for another.
 
         Good blobs of a pack whose index is lost move to a new pack, and it is set aside.
         """
@@ -165,10 +174,21 @@ class Upkeep(Publishing):
         with self._catalog.writing() as db:
             return mirror_tables.begin_term(db, term)
 
+    def touch(self) -> None:
+        """Count a change of what lies beside the catalog and goes to followers with it: who waits for the count waits for that, too."""
+        self._check_writable()
+        with self._catalog.writing():
+            pass
+
     def snapshot(self) -> CatalogState:
         """All that is public in the catalog, and the model keys, wrapped."""
         with self._catalog.reading() as db:
             return mirror_tables.read_state(db)
+
+    def state_of(self, publisher: str, name: str) -> ModelState | None:
+        """What the catalog says of one model, by its publisher's key; None: it never said anything."""
+        with self._catalog.reading() as db:
+            return mirror_tables.state_of(db, publisher, name)
 
     def mirror(self, term: int, state: CatalogState) -> tuple[str, ...]:
         """Make this catalog say what the writer's says, in one transaction; what the versions need is here already (`hold`).
@@ -186,6 +206,54 @@ class Upkeep(Publishing):
         if state.rest is not None:
             self._keeper.forget()
         return lost
+
+    # --- of other publishers
+
+    def follow(self, states: Sequence[ModelState]) -> None:
+        """Make this catalog say of other publishers' models what `states` say, in one transaction; what they need is here (`hold`).
+
+        Versions that a state does not name go as if deleted. Numbers that were given are not given again, whatever `next` says.
+
+        Raises: ConflictError: it is a model of this lab's own, a number means another digest here, a manifest is not here, or a state
+        contradicts itself; MissingBlobsError: blobs are not, or not durably; BadSignatureError: it is not the publisher's; BadNameError.
+        """
+        self._check_writable()
+        own = self._catalog.own()
+        for state in states:
+            if state.publisher == own:
+                raise ConflictError(f"{state.name} is this lab's own: what the catalog says of it is decided here, by publishing")
+            model_name(state.name)
+            for alias in (*state.aliases, *(alias for alias, _ in state.history)):
+                checked_alias(alias)
+        with self._publishing:
+            for state in states:
+                self._check_held(state)
+            with self._catalog.writing() as db:
+                mirror_tables.follow(db, states, self._clock())
+
+    def _check_held(self, state: ModelState) -> None:
+        """That all is here and signed of the versions that the catalog does not have so already."""
+        with self._catalog.reading() as db:
+            known = mirror_tables.signatures(db, state.publisher, state.name)
+        for each in state.versions:
+            if known.get(each.digest) != each.signature:
+                self._check_durable(state, each)
+
+    def _check_durable(self, state: ModelState, version: VersionState) -> None:
+        try:
+            data = self.manifest_bytes(version.digest)
+        except (ChunkMissingError, ChunkAlteredError) as error:
+            raise ConflictError(f"{state.name}:{version.version} can't be a version here yet: {error}") from error
+        verify(state.publisher, signed_message(data), version.signature)
+        manifest = decode(data)
+        blobs = manifest.blobs()
+        self._promised(blobs)
+        self._check_blobs(manifest, blobs)
+        stored = self._blobs.locate(blobs)
+        lacking = [digest for digest in blobs if digest not in stored]
+        if lacking:
+            what = f"{state.name}:{version.version}"
+            raise MissingBlobsError(f"{len(lacking)} blobs of {what} are not durable here: hold them first", lacking)
 
     def _pack_files(self) -> list[Path]:
         """Oldest first: of two copies of a blob the index keeps the later one, which was written because the other was damaged."""

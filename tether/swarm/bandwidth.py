@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tether.errors import ConfigError
+
 __all__ = ["TokenBucket"]
 
 
@@ -9,9 +11,8 @@ class TokenBucket:
     """Lets `burst_nbytes` through at once and `nbytes_per_second` for ever."""
 
     def __init__(self, nbytes_per_second: float = float("inf"), burst_nbytes: int = 1 << 20) -> None:
-        """An infinite rate never waits."""
-        self._rate = nbytes_per_second
-        self._burst_seconds = burst_nbytes / nbytes_per_second
+        """An infinite rate never waits. Raises: ConfigError: a rate that is not over 0, at which nothing would ever go."""
+        self.limit(nbytes_per_second, burst_nbytes)
         self._paid_until = float("-inf")
         """When all that was taken so far will have gone out at the rate."""
 
@@ -20,7 +21,9 @@ class TokenBucket:
         return self._rate
 
     def limit(self, nbytes_per_second: float, burst_nbytes: int = 1 << 20) -> None:
-        """Another rate from now on; what was taken before keeps its time."""
+        """Another rate from now on; what was taken before keeps its time. Raises: as `__init__`, and nothing changed."""
+        if not nbytes_per_second > 0:
+            raise ConfigError(f"{nbytes_per_second:g} bytes a second let nothing through: give a rate over 0, or none for no limit")
         self._rate, self._burst_seconds = nbytes_per_second, burst_nbytes / nbytes_per_second
 
     def take(self, nbytes: int, now: float) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from tether.errors import ProtocolError, ServiceUnavailableError, TetherError
+from tether.errors import ProtocolError, ServiceUnavailableError, TetherError, WrongBytesError
 from tether.swarm.blob_frames import Begin, Have, Kind, Piece, encode_ask, encode_cancel, read_manifest
 from tether.swarm.link import Link
 from tether.swarm.pieces import Body
@@ -228,10 +228,10 @@ class Asking:
 
 
 def _verified(kind: Kind, digest: Digest, data: bytes) -> bytes:
-    """Raises: ProtocolError: it is not what was asked for."""
+    """Raises: WrongBytesError: it is not what was asked for; ProtocolError."""
     if kind is Kind.BITMAP:
         return data  # nothing of it can be verified: it says only whom to ask first
     named = read_manifest(data).data if kind is Kind.MANIFEST else data
     if blake3(named).hexdigest() != digest:
-        raise ProtocolError(f"it gave other bytes for {kind.name.lower()} {digest}")
+        raise WrongBytesError(f"it gave other bytes for {kind.name.lower()} {digest}")
     return data

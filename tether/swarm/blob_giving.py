@@ -11,7 +11,7 @@ from typing import Protocol, assert_never
 
 import structlog
 
-from tether.errors import ProtocolError, ServiceUnavailableError, TetherError
+from tether.errors import NotFoundError, ProtocolError, ServiceUnavailableError, TetherError
 from tether.ports import SignedManifest
 from tether.swarm.bandwidth import TokenBucket
 from tether.swarm.blob_frames import (
@@ -39,7 +39,10 @@ class Shelf(Protocol):
     """What a lab has for its peers. None: it does not have it, or not whole."""
 
     async def authorise(self, peer: str, kind: Kind, digest: Digest) -> None:
-        """Called before anything is read. Raises: ForbiddenError: the peer may not have it, whether or not it is here."""
+        """Called before anything is read.
+
+        Raises: NotFoundError: the peer may not have it, or it is not here: it is not told which; ForbiddenError: it may have nothing.
+        """
         ...
 
     async def blob(self, digest: Digest) -> bytes | None:
@@ -159,6 +162,8 @@ class Giving:
         try:
             await self._shelf.authorise(self._link.peer, ask.kind, ask.digest)
             return await self._read(ask)
+        except NotFoundError:
+            return None
         except TetherError as error:
             return error
         except Exception:  # of whatever reads: the peer is told, and others go on

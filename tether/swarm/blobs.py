@@ -74,6 +74,11 @@ class BlobConnection:
         return self._link.closed.is_set()
 
     @property
+    def waiting(self) -> int:
+        """Askings that were not answered yet."""
+        return len(self._asking)
+
+    @property
     def error(self) -> TetherError | None:
         """Why the peer was cut; None: it was not. One that gave wrong bytes is not to be asked again."""
         return self._link.error
@@ -195,6 +200,10 @@ class PeerBlobs:
     async def manifest(self, digest: Digest) -> SignedManifest | None:
         """As the port says; the bytes have the digest. Raises: ForbiddenError besides."""
         return await self._here(self._connection.manifest(digest))
+
+    async def bitmap(self, digest: Digest, count: int) -> list[bool] | None:
+        """Which of the `count` blobs of a version it says it has; None: not the version. Raises: as `manifest`."""
+        return await self._here(self._connection.bitmap(digest, count))
 
     async def aclose(self) -> None:
         """Nothing: others may use the connection."""

@@ -224,7 +224,10 @@ def error_of(code: str, message: str, stack: str = "") -> TetherError:
     """What JavaScript threw, as an error of the tree. hyperdht's code stands in `args[1]`."""
     said = message.removeprefix(f"{code}: ")
     if code == "PEER_NOT_FOUND":
-        return PeerNotFoundError("Nobody announces this key now: is the other side running, and on the same network of nodes?", code)
+        return PeerNotFoundError(
+            "Nobody answers to this address now: does that lab run, and does it enter the swarm by the same nodes?",
+            code,
+        )
     if code in _UNREACHABLE:
         return PeerUnreachableError(f"The peer is known, but no stream to it came about ({said or code}); try again, or use a relay.", code)
     if code in _CLOSED:

@@ -21,6 +21,7 @@ from tether.errors import (
     EngineMisusedError,
     MissingDependencyError,
     PayloadTooLargeError,
+    PeerNotFoundError,
     PeerUnreachableError,
 )
 from tether.swarm.host import Firewall, Functions, Host, OnConnection
@@ -94,6 +95,8 @@ class NodeStatus:
     bootstrapped: bool
     online: bool
     degraded: bool
+    announced: bool
+    """Whether nodes of the DHT know where it is to be found; for one that listens, and since it woke."""
     known: int
     """Nodes in the routing table."""
     punches: Mapping[str, int]
@@ -160,6 +163,14 @@ class Engine:
         """Wait until the node has asked the network for its neighbours; at once where there is no network."""
         await self.call("ready")
 
+    async def probe(self) -> bool:
+        """Find out, by other nodes, whether packets come in unasked, as at a public address; some round trips. `status` tells it then too.
+
+        Who is, takes part as such from now on. It may be found out by itself only after twenty minutes.
+        """
+        await self.call("probe")
+        return not (await self.status()).firewalled
+
     async def status(self) -> NodeStatus:
         """How the network sees it now."""
         found = await self.call("status")
@@ -172,6 +183,7 @@ class Engine:
             bootstrapped=found["bootstrapped"],
             online=found["online"],
             degraded=found["degraded"],
+            announced=found["announced"],
             known=int(found["known"]),
             punches=found["punches"],
             relaying=found["relaying"],
@@ -197,8 +209,8 @@ class Engine:
     async def connect(self, public_key: bytes, timeout: float = _CONNECT) -> SecureStream:  # noqa: ASYNC109 (the peer's search is given up too)
         """A stream to who has this key: found through the DHT, direct, punched or relayed, the key proved.
 
-        Raises: PeerNotFoundError: nobody announces it; PeerUnreachableError: no stream came about, or not in `timeout` seconds;
-        BadKeyError; EngineClosedError.
+        Raises: PeerNotFoundError: nobody announces it; PeerUnreachableError: no stream came about, or not in `timeout` seconds, or there
+        is no network; BadKeyError; EngineClosedError.
         """
         key = _key(public_key, "public key")
         self._check()
@@ -208,8 +220,12 @@ class Engine:
         )
         try:
             async with asyncio.timeout(timeout):
-                found = await answer
+                found = await self._or_destroyed(answer)
+        except PeerNotFoundError:
+            await self._check_network()
+            raise
         except TimeoutError:
+            await self._check_network()
             raise PeerUnreachableError(
                 f"No stream to {key[:12]}… came about in {timeout:g} s; try again, or use a relay.", "ETIMEDOUT"
             ) from None
@@ -221,6 +237,29 @@ class Engine:
         if stream is None:
             raise PeerUnreachableError(f"The stream to {key[:12]}… was closed as it opened; try again.", "ECONNRESET")
         return stream
+
+    async def _check_network(self) -> None:
+        """Raises: PeerUnreachableError: there is none, so that nothing is known of any peer."""
+        if self._settings.bootstrap is not None and not self._settings.bootstrap:
+            return  # others begin with this node
+        status = await self.status()
+        if not status.known and status.address is None:
+            raise PeerUnreachableError(
+                "No node of the DHT answers here, so no peer can be found: is there a network with IPv4, and does it let UDP through? "
+                "What is local works without.",
+                "NO_NODES",
+            ) from None
+
+    async def _or_destroyed(self, answer: asyncio.Future[Any]) -> Any:
+        """Who is cancelled in the very turn in which the stream came about never sees it: it is not left open."""
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                stream = self._host.claim(int(answer.result()["stream"]))
+                if stream is not None:
+                    stream.destroy()
+            raise
 
     async def announce(self, topic: bytes) -> int:
         """Say under a topic (32 bytes) that this key is to be found here; how many nodes keep it.
@@ -280,9 +319,31 @@ class Engine:
         """After a sleep: everything that was announced is announced again."""
         await self.call("resume")
 
+    async def wake(self) -> None:
+        """After a sleep that nothing foresaw, or in another network: announce anew and look for neighbours, now. Streams stay as they are.
+
+        `suspend` and `resume` do that too, but cut every stream, and without a network wait for four seconds.
+        """
+        await self.call("wake")
+
+    def collect(self) -> None:
+        """Give back what JavaScript holds no more; some milliseconds."""
+        self._check()
+        import pythonmonkey  # loaded, since a node runs
+
+        pythonmonkey.collect()
+
     def on_feed_change(self, feed: int, told: Callable[[int], None] | None) -> None:
         """Who is told when a feed changes; None: nobody any more."""
         self._host.watch_feed(feed, told)
+
+    def on_feed_peer(self, server: int, firewall: Firewall | None) -> None:
+        """Who may refuse the peers of a server of feeds; None: it is closed."""
+        if firewall is None:
+            self._host.unlisten(server)
+        else:
+            self._servers.append(server)
+            self._host.listen(server, _unused, firewall)
 
     async def close(self) -> None:
         """Cut its streams, take back what it announced, close its sockets. A second call does nothing."""
@@ -364,6 +425,10 @@ def _import_pythonmonkey() -> Any:
     except ImportError as error:
         raise MissingDependencyError(f"The swarm needs PythonMonkey: pip install 'tether[swarm]' ({error}).") from error
     return pythonmonkey
+
+
+def _unused(_: SecureStream) -> None:
+    """Streams of feeds stay in JavaScript."""
 
 
 def _admit(_key: bytes, _address: tuple[str, int]) -> bool:

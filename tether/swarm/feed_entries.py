@@ -1,6 +1,7 @@
 """Pure: what stands in a publisher's feed, and what a follower makes of it. All of an update counts, or none.
 
     models/<name>/versions/<n>   {"digest", "nbytes", "created", "tags"?}     written once; a number is never given again
+    models/<name>/numbers        {"next": n}                                  numbers below were given, though their versions are gone
     models/<name>/config         any object                                   for followers; opaque here
     aliases/<name>/<alias>       {"version": n}
     peers/<key>                  any object                                   labs that hold copies, as the publisher knows them
@@ -21,7 +22,9 @@ from tether.errors import BadNameError, MalformedFeedError
 from tether.types import Digest, ModelRef, model_name
 
 __all__ = [
+    "MAX_ENTRIES",
     "MAX_MODELS",
+    "MAX_SAID_NBYTES",
     "MAX_VALUE_NBYTES",
     "MAX_VERSIONS",
     "Change",
@@ -30,20 +33,30 @@ __all__ = [
     "FeedVersion",
     "applied",
     "changes",
+    "contradictions",
     "entries",
+    "redefined",
+    "renewed",
     "sayable",
+    "sayable_aliases",
 ]
 
 MAX_VALUE_NBYTES = 16 * 1024
 MAX_MODELS = 10_000
 """Of one publisher: what a follower may be made to keep."""
 MAX_VERSIONS = 100_000
+MAX_ENTRIES = 2 * MAX_VERSIONS
+"""Versions, aliases and all else."""
+MAX_SAID_NBYTES = 64 << 20
+"""Tags, aliases and configurations, all together: each may be long, and there may be many."""
 _MAX_ALIASES = 256
 _MAX_TAGS = 64
 _MAX_PEERS = 1_000
 _MAX_KEY = 256
 _MAX_NBYTES = 1 << 50
 _LATEST = "latest"
+_WELL_KNOWN = frozenset({"prod", _LATEST})
+_MAX_NUMBER = 10**9
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -60,6 +73,10 @@ class FeedVersion(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class _Alias(msgspec.Struct, frozen=True):
     version: int
+
+
+class _Numbers(msgspec.Struct, frozen=True):
+    next: int
 
 
 class FeedModel(msgspec.Struct, frozen=True):
@@ -96,9 +113,19 @@ class Change(msgspec.Struct, frozen=True):
 
 
 def sayable(version: FeedVersion) -> FeedVersion:
-    """The version, without its tags where they are more than an entry holds: a catalog's may be longer, and nobody could follow then."""
+    """The version, without its tags where they are more than an entry holds: a catalog's may be longer, and nobody could follow then.
+
+    What else followers would refuse (too many models, names that they do not take), the writer finds by `applied` before it writes: one
+    entry that breaks a rule would keep all followers from following, for good and without a word to the lab.
+    """
     fits = len(version.tags) <= _MAX_TAGS and len(_json(version)) <= MAX_VALUE_NBYTES
     return version if fits else msgspec.structs.replace(version, tags={})
+
+
+def sayable_aliases(aliases: Mapping[str, int]) -> dict[str, int]:
+    """The aliases, without those that are more than followers take; the well-known ones stay."""
+    ordered = sorted(aliases, key=lambda alias: (alias not in _WELL_KNOWN, alias))
+    return {alias: aliases[alias] for alias in ordered[:_MAX_ALIASES]}
 
 
 def entries(content: Content) -> dict[str, bytes]:
@@ -107,15 +134,17 @@ def entries(content: Content) -> dict[str, bytes]:
     for name, model in content.models.items():
         found |= {f"models/{name}/versions/{number}": _json(version) for number, version in model.versions.items()}
         found |= {f"aliases/{name}/{alias}": _json(_Alias(number)) for alias, number in model.aliases.items()}
+        if model.next != max(model.versions, default=0) + 1:
+            found[f"models/{name}/numbers"] = _json(_Numbers(model.next))
         if model.config is not None:
             found[f"models/{name}/config"] = _json(model.config)
     return found
 
 
 def changes(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> list[Change]:
-    """What to append, as one batch, to a feed that has `before`."""
+    """What to append to a feed that has `before`, in an order in which no alias is there before its version."""
     gone = [Change(key, None) for key in sorted(before.keys() - after.keys())]
-    return [Change(key, value) for key, value in sorted(after.items()) if before.get(key) != value] + gone
+    return [Change(key, value) for key, value in sorted(after.items(), reverse=True) if before.get(key) != value] + gone
 
 
 def _json(value: Any) -> bytes:
@@ -125,24 +154,55 @@ def _json(value: Any) -> bytes:
 # --- reading
 
 
-def applied(content: Content, update: Iterable[Change], *, whole: bool = False) -> tuple[Content, tuple[str, ...]]:
+def applied(content: Content, update: Iterable[Change]) -> tuple[Content, tuple[str, ...]]:
     """What the feed says after an update (the difference between two of its lengths), and the names of the models that changed.
 
-    `whole`: the update is all of a feed that was begun anew: what it does not name is gone. Applying an update twice changes nothing.
-
-    Raises: MalformedFeedError: a rule is broken; nothing of the update counts.
+    Applying an update twice changes nothing. Raises: MalformedFeedError: a rule is broken; nothing of the update counts.
     """
     drafts = _Drafts(content)
     for change in _checked(update):
         drafts.take(change)
-    return drafts.finished(whole=whole)
+    return drafts.finished()
+
+
+def redefined(before: Content, after: Content) -> tuple[str, ...]:
+    """Numbers that mean something else than before, in words."""
+    return tuple(
+        f"{name}:{number} was {version.digest[:12]}…, is {there[number].digest[:12]}…"
+        for name, old in sorted(before.models.items())
+        for there in [after.models.get(name, _BLANK).versions]
+        for number, version in sorted(old.versions.items())
+        if number in there and there[number].digest != version.digest
+    )
+
+
+def contradictions(before: Content, after: Content) -> tuple[str, ...]:
+    """In words, why a feed begun anew does not go on from what was said before: it has to know of each number that was given.
+
+    A version may be gone, as in any update. A number that was given and of which the new feed knows nothing was forgotten, and would be
+    given again; one that was deleted and is back was given again.
+    """
+    found = list(redefined(before, after))
+    for name, old in sorted(before.models.items()):
+        new = after.models.get(name, _BLANK)
+        if new.next < old.next:
+            found.append(f"{name}: {old.next - 1} versions were published, it knows of {new.next - 1}")
+        back = [number for number in sorted(new.versions) if number < old.next and number not in old.versions]
+        found += [f"{name}:{number} was deleted, and is back" for number in back]
+    return tuple(found)
+
+
+def renewed(before: Content, after: Content) -> tuple[str, ...]:
+    """Names of the models of which a feed begun anew says something else."""
+    names = sorted(before.models.keys() | after.models.keys())
+    return tuple(name for name in names if before.models.get(name, _BLANK) != after.models.get(name, _BLANK))
 
 
 def _checked(update: Iterable[Change]) -> Sequence[Change]:
     found: list[Change] = []
     for change in update:
-        if len(found) >= MAX_VERSIONS * 2:
-            raise MalformedFeedError(f"an update has more than {2 * MAX_VERSIONS} entries")
+        if len(found) >= 2 * MAX_ENTRIES:
+            raise MalformedFeedError(f"an update has more than {2 * MAX_ENTRIES} entries")
         if len(change.key) > _MAX_KEY or len(change.value or b"") > MAX_VALUE_NBYTES:
             raise _malformed(change.key, f"keys have at most {_MAX_KEY} characters, values {MAX_VALUE_NBYTES} bytes")
         found.append(change)
@@ -155,28 +215,29 @@ class _Draft:
     def __init__(self) -> None:
         self.versions: dict[int, FeedVersion | None] = {}
         self.aliases: dict[str, int | None] = {}
+        self.next = 1
         self.config: dict[str, Any] | None = None
         self.has_config = False
 
-    def onto(self, name: str, old: FeedModel, *, whole: bool) -> FeedModel:
+    def onto(self, name: str, old: FeedModel) -> FeedModel:
         """Raises: MalformedFeedError."""
-        following, versions = _renumbered(name, old, self.versions, whole=whole)
-        named: dict[str, int | None] = {**({} if whole else old.aliases), **self.aliases}
+        following, versions = _renumbered(name, old, self.versions)
+        named: dict[str, int | None] = {**old.aliases, **self.aliases}
         aliases = {alias: at for alias, at in named.items() if at is not None}
         dangling = [alias for alias, at in aliases.items() if at not in versions]
         if dangling:
             raise _malformed(f"aliases/{name}/{dangling[0]}", "it points at a version that the feed does not have")
         if len(aliases) > _MAX_ALIASES:
             raise _malformed(f"aliases/{name}", f"a model has at most {_MAX_ALIASES} aliases")
-        return FeedModel(following, versions, aliases, self.config if self.has_config or whole else old.config)
+        return FeedModel(max(following, self.next), versions, aliases, self.config if self.has_config else old.config)
 
 
-def _renumbered(name: str, old: FeedModel, put: Mapping[int, FeedVersion | None], *, whole: bool) -> tuple[int, dict[int, FeedVersion]]:
+def _renumbered(name: str, old: FeedModel, put: Mapping[int, FeedVersion | None]) -> tuple[int, dict[int, FeedVersion]]:
     """Numbers are given upwards and once: else what somebody tested as version 3 could become something else.
 
     Raises: MalformedFeedError.
     """
-    versions = {} if whole else dict(old.versions)
+    versions = dict(old.versions)
     following = old.next
     for number, version in sorted(put.items()):
         if version is None:
@@ -205,6 +266,8 @@ class _Drafts:
         match parts:
             case ["models", name, "versions", number] if _NUMBER.fullmatch(number):
                 self._draft(name, change).versions[int(number)] = _version(change)
+            case ["models", name, "numbers"]:
+                self._draft(name, change).next = _numbers(change)
             case ["models", name, "config"]:
                 draft = self._draft(name, change)
                 draft.config, draft.has_config = _object(change), True
@@ -222,29 +285,36 @@ class _Drafts:
     def _draft(self, name: str, change: Change) -> _Draft:
         return self._drafts.setdefault(_name(name, change), _Draft())
 
-    def finished(self, *, whole: bool) -> tuple[Content, tuple[str, ...]]:
+    def finished(self) -> tuple[Content, tuple[str, ...]]:
         """Raises: MalformedFeedError."""
-        touched = self._drafts.keys() | (self._old.models.keys() if whole else set())
-        new = {name: self._model(name, whole=whole) for name in sorted(touched)}
-        models = self._old.models | new
-        if len(models) > MAX_MODELS or sum(len(model.versions) for model in models.values()) > MAX_VERSIONS:
-            raise MalformedFeedError(
-                f"a feed has at most {MAX_MODELS} models and {MAX_VERSIONS} versions: this one is not followed further"
-            )
-        changed = tuple(name for name, model in new.items() if model != self._old.models.get(name, _BLANK))
-        return Content(models, self._all_peers(whole=whole)), changed
+        old = self._old.models
+        new = {name: draft.onto(name, old.get(name, _BLANK)) for name, draft in sorted(self._drafts.items())}
+        content = Content(old | new, self._all_peers())
+        _check_size(content)
+        return content, tuple(name for name, model in new.items() if model != old.get(name, _BLANK))
 
-    def _model(self, name: str, *, whole: bool) -> FeedModel:
-        return self._drafts.get(name, _Draft()).onto(name, self._old.models.get(name, _BLANK), whole=whole)
-
-    def _all_peers(self, *, whole: bool) -> frozenset[str]:
-        kept = frozenset() if whole else self._old.peers
-        peers = (kept | {key for key, is_there in self._peers.items() if is_there}) - {
-            key for key, there in self._peers.items() if not there
-        }
+    def _all_peers(self) -> frozenset[str]:
+        gone = {key for key, is_there in self._peers.items() if not is_there}
+        peers = (self._old.peers | self._peers.keys()) - gone
         if len(peers) > _MAX_PEERS:
             raise MalformedFeedError(f"a feed names at most {_MAX_PEERS} peers")
         return peers
+
+
+def _check_size(content: Content) -> None:
+    """Raises: MalformedFeedError: it is more than a follower may be made to keep."""
+    models = content.models.values()
+    versions = sum(len(model.versions) for model in models)
+    said = versions + len(content.models) + sum(len(model.aliases) for model in models)
+    if len(content.models) > MAX_MODELS or versions > MAX_VERSIONS or said > MAX_ENTRIES:
+        raise MalformedFeedError(f"a feed has at most {MAX_MODELS} models, {MAX_VERSIONS} versions, {MAX_ENTRIES} entries: this has more")
+    if sum(map(_said_nbytes, models)) > MAX_SAID_NBYTES:
+        raise MalformedFeedError(f"tags, aliases and configurations of a feed have at most {MAX_SAID_NBYTES} bytes: this has more")
+
+
+def _said_nbytes(model: FeedModel) -> int:
+    tags = sum(len(key) + len(value) for version in model.versions.values() for key, value in version.tags.items())
+    return tags + sum(map(len, model.aliases)) + (len(_json(model.config)) if model.config else 0)
 
 
 _BLANK = FeedModel()
@@ -258,6 +328,13 @@ def _version(change: Change) -> FeedVersion | None:
     if not sound or len(version.tags) > _MAX_TAGS:
         raise _malformed(change.key, "a version has a digest, a size, a time and few tags")
     return version
+
+
+def _numbers(change: Change) -> int:
+    found: _Numbers | None = _decoded(change, _Numbers)
+    if found is not None and not 0 < found.next <= _MAX_NUMBER:
+        raise _malformed(change.key, f"the next number is from 1 to {_MAX_NUMBER}")
+    return found.next if found else 1
 
 
 def _object(change: Change) -> dict[str, Any] | None:

@@ -1,58 +1,33 @@
-r"""Pure but for `FeedStates`: what a follower believes of a publisher's feed, and which news of it are refused.
+"""Pure but for `FeedStates`: what a follower believes of a publisher's feed, and which news of it are refused.
 
-    head  =  signature (64 bytes, by the lab's identity) of "tether feed v1\0" + body, then the body: msgpack array of the fields of `Head`
-
-A head says: my feed is this Hypercore, so long, and this is the root of its tree. Hypercore signs lengths, too, with the core's key; that
-does not tell whose core it is, and by design it lets a core be cut off and go on otherwise (its fork count). A lab's history is not cut.
-So what counts is a head that the lab signed and that contains all that was seen before. Followers keep the last one and hand it on: whoever
+What counts is a head that the lab signed and that contains all that was seen before. Followers keep the last one and hand it on: whoever
 shows one history to some and another to others is found out when two of them meet.
 
-`era` counts the cores of a lab: a manager that takes over without the end of the core begins a new one and says all again; `feed_entries`
-sees to it that no number means anything else than before.
+`era` counts the cores of a lab: a manager that takes over without the end of the core begins a new one and says all again. Who stole the
+key can do that, too, and then the lab's own heads would only look old. But a lab that began a new era signs nothing of the earlier one any
+more: a head of an earlier era that was signed later than a newer one began (by more than clocks differ) is a fork, whichever comes first.
+And a new era has to account for all that was said before (`feed_entries.contradictions`).
 """
 
 from __future__ import annotations
 
-import os
 import re
 from enum import Enum
 from pathlib import Path
 
 import msgspec
 
-from tether.errors import BadSignatureError, FeedRefusedError, MalformedFeedError, StoreError
-from tether.security.files import written_aside
-from tether.security.identity import Identity, verify
+from tether.errors import FeedRefusedError, MalformedFeedError, StoreError
+from tether.security.files import sync_folder, written_aside
+from tether.swarm.feed_heads import Head, parse_head
+from tether.swarm.records import SKEW
 
-__all__ = ["MAX_HEAD_NBYTES", "TAKEN", "FeedState", "FeedStates", "Head", "Refusal", "Verdict", "judge", "parse_head", "sign_head"]
+__all__ = ["FATAL", "TAKEN", "FeedState", "FeedStates", "PastEra", "Refusal", "Verdict", "judge"]
 
-MAX_HEAD_NBYTES = 512
-_SIGNED = b"tether feed v1\0"
-_SIGNATURE_NBYTES = 64
 _HEX = re.compile(r"[0-9a-f]{64}")
-_MOST = 1 << 53
-"""What JavaScript counts to."""
 _FORMAT = 1
-
-
-class Head(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The end of a feed, as its publisher signed it."""
-
-    publisher: str
-    """The lab's key, hex."""
-    core: str
-    """Public key of the Hypercore, hex."""
-    era: int
-    """Which core of the lab's this is, from 1."""
-    length: int
-    """Blocks."""
-    fork: int
-    """How often the core was cut off: 0, in a lab that does as it should."""
-    root: str
-    """Of the tree over all blocks (`core.treeHash(length)`), hex."""
-    signed: int
-    """Unix time."""
-    format: int = _FORMAT
+_MOST_PAST = 8
+"""Eras that are remembered: a lab begins one when a disk failed or another machine took over."""
 
 
 class Verdict(Enum):
@@ -70,13 +45,25 @@ class Verdict(Enum):
     """The publisher's key signed two histories. Which one is true nobody can tell from here: no more is taken until a person decides."""
     TRUNCATED = "truncated"
     """History was cut off and goes on otherwise: the same."""
+    CONTRADICTS = "contradicts"
+    """A new era that does not account for what was said before, or says something else: the same."""
+    AHEAD = "ahead"
+    """Signed at a time that is not yet: one of two clocks is wrong. Nothing is taken, nothing is held against anybody."""
     STOPPED = "stopped"
     """The feed was refused before."""
 
 
 TAKEN = frozenset({Verdict.FIRST, Verdict.NEWER, Verdict.NEW_ERA})
 """What is to be imported."""
-_FATAL = frozenset({Verdict.FORKED, Verdict.TRUNCATED})
+FATAL = frozenset({Verdict.FORKED, Verdict.TRUNCATED, Verdict.CONTRADICTS})
+"""What is followed by nothing until a person decides."""
+
+
+_WHY = {
+    Verdict.FORKED: "its key signed two histories",
+    Verdict.TRUNCATED: "its key cut off a part of its history",
+    Verdict.CONTRADICTS: "it was begun anew and forgot, or changed, what it said before",
+}
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -92,6 +79,16 @@ class Refusal(msgspec.Struct, frozen=True):
     """Key of the peer that showed it; it did nothing wrong."""
 
 
+class PastEra(msgspec.Struct, frozen=True):
+    """An era that another one followed."""
+
+    era: int
+    core: str
+    began: int
+    head: bytes
+    """The last one of it that was believed, signed."""
+
+
 class FeedState(msgspec.Struct, frozen=True):
     """What is believed of one publisher's feed."""
 
@@ -101,6 +98,10 @@ class FeedState(msgspec.Struct, frozen=True):
     refusal: Refusal | None = None
     rollbacks: int = 0
     """How often somebody came with something older."""
+    past: tuple[PastEra, ...] = ()
+    """Earlier eras, oldest first."""
+    pardoned: str = ""
+    """Key of a core that may contradict what was said before: a person looked at it."""
     format: int = _FORMAT
 
     @property
@@ -110,33 +111,45 @@ class FeedState(msgspec.Struct, frozen=True):
 
     def imported(self, head: bytes) -> FeedState:
         """What the head stands for is in the catalog, durably."""
-        return msgspec.structs.replace(self, head=head)
+        known, new = self.known, parse_head(head, self.publisher)
+        past = self.past
+        if known is not None and self.head is not None and known.era < new.era:
+            past = (*past, PastEra(known.era, known.core, known.began, self.head))[-_MOST_PAST:]
+        return msgspec.structs.replace(self, head=head, past=past)
 
     def refused(self, verdict: Verdict, offered: bytes, at: float, seen_from: str) -> FeedState:
-        """Remember it; after a fork or a cut nothing is taken any more."""
+        """Remember it; after a fork, a cut or a contradiction nothing is taken any more."""
         if verdict is Verdict.ROLLED_BACK:
             return msgspec.structs.replace(self, rollbacks=self.rollbacks + 1)
-        if verdict not in _FATAL or self.refusal is not None or self.head is None:
+        if verdict not in FATAL or self.refusal is not None or self.head is None:
             return self
         return msgspec.structs.replace(self, refusal=Refusal(verdict, self.head, offered, at, seen_from))
 
     def forgiven(self, *, from_the_start: bool = False) -> FeedState:
-        """A person decided to follow it again: from where it was, or as if it were new. What is in the catalog still binds its numbers."""
-        return msgspec.structs.replace(self, refusal=None, head=None if from_the_start else self.head)
+        """A person decided to follow it again: from where it was, or as if it were new. The new era that contradicted may then do so.
+
+        What is in the catalog still binds its numbers.
+        """
+        refusal = self.refusal
+        contradicted = refusal is not None and refusal.verdict is Verdict.CONTRADICTS
+        pardoned = parse_head(refusal.offered, self.publisher).core if refusal is not None and contradicted else self.pardoned
+        if from_the_start:
+            return FeedState(self.publisher, rollbacks=self.rollbacks, pardoned=pardoned)
+        return msgspec.structs.replace(self, refusal=None, pardoned=pardoned)
 
     def check(self) -> None:
         """Raises: FeedRefusedError: a person has to decide."""
         if self.refusal is not None:
-            verdict = self.refusal.verdict.value
+            verdict = self.refusal.verdict
             raise FeedRefusedError(
-                f"the feed of {self.publisher} is {verdict}: its key signed two histories, so it was stolen, or the lab restored a backup. "
-                "Nothing new of it is taken; ask the lab, then say which to follow",
-                verdict,
+                f"the feed of {self.publisher} is refused ({verdict.value}): {_WHY[verdict]}. Its key was stolen, or the lab restored "
+                "a backup; nothing new of it is taken. Ask the lab, then say which to follow",
+                verdict.value,
             )
 
 
-def judge(state: FeedState, offered: Head, shared_root: str | None) -> Verdict:
-    """What to make of a head whose signature was checked.
+def judge(state: FeedState, offered: Head, shared_root: str | None, now: float) -> Verdict:
+    """What to make of a head whose signature was checked, at Unix time `now`.
 
     `shared_root`: root at the shorter of both lengths, in the tree of the longer: of the offered core (proven by its blocks), or of the one
     that is here; None: not known. The shorter one is contained in the longer if it is its root.
@@ -144,18 +157,32 @@ def judge(state: FeedState, offered: Head, shared_root: str | None) -> Verdict:
     known = state.known
     if state.refusal is not None:
         return Verdict.STOPPED
+    if max(offered.signed, offered.era) > now + SKEW:  # an era is a time: else who stole the key could begin the last one that there is
+        return Verdict.AHEAD
     if known is None:
         return Verdict.FIRST
-    if offered.era != known.era:
-        return Verdict.NEW_ERA if offered.era > known.era else Verdict.ROLLED_BACK
-    if offered.core != known.core:
-        return Verdict.FORKED
-    if offered.fork != known.fork:
-        return Verdict.TRUNCATED if offered.fork > known.fork else Verdict.ROLLED_BACK
-    return _compared(known, offered, shared_root)
+    return _of_another_era(state, known, offered) if offered.era != known.era else _compared(known, offered, shared_root)
+
+
+def _of_another_era(state: FeedState, known: Head, offered: Head) -> Verdict:
+    """Signed later than a newer era began: somebody else signs, too."""
+    if offered.era > known.era:
+        return Verdict.FORKED if known.signed > offered.began + SKEW else Verdict.NEW_ERA
+    seen = (*state.past, PastEra(known.era, known.core, known.began, b""))
+    another = any(each.era == offered.era and (each.core, each.began) != (offered.core, offered.began) for each in seen)
+    ended = min(each.began for each in seen if each.era > offered.era)
+    return Verdict.FORKED if another or offered.signed > ended + SKEW else Verdict.ROLLED_BACK
 
 
 def _compared(known: Head, offered: Head, shared_root: str | None) -> Verdict:
+    if (offered.core, offered.began) != (known.core, known.began):
+        return Verdict.FORKED
+    if offered.fork != known.fork:
+        return Verdict.TRUNCATED if offered.fork > known.fork else Verdict.ROLLED_BACK
+    return _contained(known, offered, shared_root)
+
+
+def _contained(known: Head, offered: Head, shared_root: str | None) -> Verdict:
     if offered.length == known.length:
         return Verdict.SAME if offered.root == known.root else Verdict.FORKED
     shorter = min(known, offered, key=lambda head: head.length)
@@ -164,43 +191,6 @@ def _compared(known: Head, offered: Head, shared_root: str | None) -> Verdict:
     if shorter is offered:
         return Verdict.ROLLED_BACK
     return Verdict.UNPROVEN if shared_root is None else Verdict.NEWER
-
-
-def sign_head(identity: Identity, head: Head) -> bytes:
-    """Raises: MalformedFeedError: it would not be one."""
-    _check(head)
-    data = msgspec.msgpack.encode(head)
-    return identity.sign(_SIGNED + data) + data
-
-
-def parse_head(data: bytes, publisher: str) -> Head:
-    """The head, if `publisher` (key, hex) signed it. Raises: MalformedFeedError."""
-    if not _SIGNATURE_NBYTES < len(data) <= MAX_HEAD_NBYTES:
-        raise MalformedFeedError(f"a signed head has up to {MAX_HEAD_NBYTES} bytes, this has {len(data)}")
-    body = data[_SIGNATURE_NBYTES:]
-    try:
-        head = _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedFeedError(f"the head of a feed can't be read ({error}): its lab may have another version of Tether") from None
-    _check(head)
-    try:
-        verify(publisher, _SIGNED + body, data[:_SIGNATURE_NBYTES])
-    except BadSignatureError as error:
-        raise MalformedFeedError(f"the head was not signed by {publisher[:64]}") from error
-    if head.publisher != publisher or msgspec.msgpack.encode(head) != body:
-        raise MalformedFeedError(f"the head is not one of {publisher[:64]}, or not written in the one way that counts")
-    return head
-
-
-_decoder = msgspec.msgpack.Decoder(Head, strict=True)
-
-
-def _check(head: Head) -> None:
-    """Raises: MalformedFeedError."""
-    named = all(map(_HEX.fullmatch, (head.publisher, head.core, head.root)))
-    counted = 0 < head.era < _MOST and 0 <= head.length < _MOST and 0 <= head.fork < _MOST and 0 <= head.signed < _MOST
-    if not named or not counted or head.format != _FORMAT:
-        raise MalformedFeedError("the head of a feed breaks a rule of the format")
 
 
 class FeedStates:
@@ -231,7 +221,7 @@ class FeedStates:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with written_aside(path, msgspec.json.encode(state)) as partial:
                 partial.rename(path)
-                _sync(self._folder)
+                sync_folder(self._folder)
         except OSError as error:
             raise StoreError(f"{path} can't be written ({error.strerror}): free some space, or mend the folder's permissions") from error
 
@@ -249,15 +239,7 @@ def _sound(state: FeedState, publisher: str) -> FeedState:
     if state.publisher != publisher or state.format != _FORMAT:
         raise MalformedFeedError("it is of another publisher, or of a newer Tether")
     proofs = (state.refusal.known, state.refusal.offered) if state.refusal else ()
-    for head in (state.head, *proofs):
+    for head in (state.head, *proofs, *(each.head for each in state.past)):
         if head is not None:
             parse_head(head, publisher)
     return state
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

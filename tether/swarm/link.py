@@ -38,7 +38,7 @@ class Link:
         self._draining: asyncio.Task[None] | None = None
         self._room = asyncio.Event()
         self._room.set()
-        self._max_unread_nbytes = max_unread_nbytes
+        self.max_unread_nbytes = max_unread_nbytes
         self._unread_nbytes = 0
         self._destroying: asyncio.TimerHandle | None = None
         self._on_frame: Callable[[memoryview], None]
@@ -56,7 +56,7 @@ class Link:
         has_room = self._stream.send(frame)
         if self._draining is not None:
             self._unread_nbytes += len(frame) + _FRAME_NBYTES
-            if self._unread_nbytes > self._max_unread_nbytes:
+            if self._unread_nbytes > self.max_unread_nbytes:
                 self.cut(ProtocolError(f"it asks and does not read: {self._unread_nbytes} bytes of answers wait"))
         elif not has_room:
             self._room.clear()

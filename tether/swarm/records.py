@@ -2,7 +2,7 @@ r"""Pure: what a lab says of itself to whoever looks it up: signed, expiring, an
 
     record   =  Ed25519 signature (64 bytes) of "tether record v1\0" + body, then the body
     body     =  msgpack array, in the one way that `sign` writes it: the fields of `_Body`
-    listing  =  msgpack array of all that the lab holds; the record has its digest, `tether/1/have` gives its bytes
+    listing  =  msgpack array of all that the lab holds; the record has its digest, by which one sees that it changed
 
 A record is the mutable value of the lab's own key in the DHT; one finds it by looking up who announced a topic. It has a signature of its
 own, since it also travels from peer to peer, and since nobody has to believe the DHT then. The DHT is public: a record shows beginnings of

@@ -64,6 +64,11 @@ class RpcConnection:
         await self._check_open()
         await self._calls.event(method, value)
 
+    def allow(self, limits: RpcLimits) -> None:
+        """Other limits from now on: what the peer may do has changed. How large an answer to us may be stays as it was."""
+        self._answers.limits = limits
+        self._line.max_unread_nbytes = limits.max_unread_nbytes
+
     async def wait_closed(self) -> None:
         """Wait until the connection is gone, however it went."""
         await self._line.closed.wait()

@@ -117,7 +117,8 @@ class Answers:
 
     def __init__(self, line: Line, channel: Channel, beside: Channel, service: Service, limits: RpcLimits) -> None:
         self._line, self._channel, self._beside = line, channel, beside
-        self._service, self._limits = service, limits
+        self._service, self.limits = service, limits
+        """May change at any time."""
         self._work: dict[int, _Work] = {}
         """By id; events, which have none, by numbers below 0."""
         self._coming: dict[int, _Coming] = {}
@@ -149,7 +150,7 @@ class Answers:
         """Said before a request. Raises: ProtocolError."""
         request_id, at = read_uint(body, 0)
         milliseconds, _ = read_uint(body, at)
-        if len(self._deadlines) >= self._limits.max_in_flight:
+        if len(self._deadlines) >= self.limits.max_in_flight:
             raise ProtocolError("it says when requests end that it does not make")
         self._deadlines[request_id] = self._line.loop.time() + milliseconds / 1000
 
@@ -209,7 +210,7 @@ class Answers:
 
     def _admitted(self, method: str, nbytes: int) -> Handler:
         self._service.authorise(self._line.peer, method)
-        handler, limits = self._service.handlers.get(method), self._limits
+        handler, limits = self._service.handlers.get(method), self.limits
         if handler is None:
             raise UnknownMethodError(f"Unknown method '{method}'")  # the words of npm's package
         if nbytes > limits.max_request_nbytes:
@@ -252,7 +253,7 @@ class Answers:
         return work
 
     def _check_answer(self, nbytes: int) -> None:
-        most = self._limits.max_reply_nbytes
+        most = self.limits.max_reply_nbytes
         if nbytes > most:
             raise PayloadTooLargeError(f"the answer has {nbytes} bytes; at most {most} are sent: ask for less")
         if self._unsent_nbytes + nbytes > most:

@@ -46,6 +46,9 @@ class Carrier(Protocol):
 
     @property
     def rtt(self) -> float: ...
+    @property
+    def pulse(self) -> tuple[int, bool]: ...
+    def poke(self) -> None: ...
     def write(self, data: bytearray, /, *, owned: bool) -> bool: ...
     def write_end(self) -> None: ...
     def pause(self) -> None: ...
@@ -87,6 +90,8 @@ class SecureStream:
         self.route: Route = "direct"
         """How its packets travel now; a relayed stream is punched or direct once a way is found."""
         self.remote_address: tuple[str, int] | None = None
+        self.max_message_nbytes = MAX_MESSAGE
+        """Of what comes. A stranger is given less: what is larger cuts it before any of it is kept."""
         self._gone = False  # the carrier is closed; messages that came may still be waiting for somebody who takes them
         self._closed = False
         self._failed: TetherError | None = None
@@ -131,9 +136,23 @@ class SecureStream:
         return self._keys.handshake
 
     @property
+    def carrier(self) -> Carrier:
+        """What it travels on."""
+        return self._carrier
+
+    @property
     def rtt(self) -> float:
         """Round trip in seconds, smoothed; 0.0 before the first one."""
         return self._carrier.rtt
+
+    @property
+    def pulse(self) -> tuple[int, bool]:
+        """How many packets came so far, acknowledgements too, and whether the peer owes one."""
+        return self._carrier.pulse
+
+    def poke(self) -> None:
+        """Ask the peer for a packet now: a new `pulse` shows that this stream leads to it. Any peer's UDX answers by itself."""
+        self._carrier.poke()
 
     @property
     def closed(self) -> bool:
@@ -291,6 +310,9 @@ class SecureStream:
             length = data[at] | data[at + 1] << 8 | data[at + 2] << 16
             if not self._greeted and length != _HEADER:
                 self._violated(f"its first frame has {length} bytes, not {_HEADER}")
+                return
+            if length > self.max_message_nbytes + _SEAL:
+                self._violated(f"a message of {length - _SEAL} bytes is over the {self.max_message_nbytes} that it may send")
                 return
             if self._held() or nbytes - at - _LENGTH < length:
                 break

@@ -16,6 +16,8 @@ __all__ = ["needs", "why_missing"]
 
 _PROGRAMS = {
     "chromium": (("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"), "apt install chromium"),
+    "ip": (("ip",), "apt install iproute2"),
+    "nft": (("nft",), "apt install nftables"),
     "node": (("node", "nodejs"), "apt install nodejs"),
     "npm": (("npm",), "apt install npm"),
     "redis-server": (("redis-server",), "apt install redis-server"),

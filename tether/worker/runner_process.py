@@ -38,6 +38,7 @@ class RunnerProcess:
     def __init__(self, popen: subprocess.Popen[bytes], connection: socket.socket, arenas: tuple[Arena, Arena]) -> None:
         self._popen, self._socket = popen, connection
         self._out, self._in = arenas
+        self._closing = threading.Lock()
         self._owed = 0
         """Answers that were not waited for."""
         self.is_discreet = False
@@ -119,14 +120,17 @@ class RunnerProcess:
         return f"{how}; its last words: {said}" if said else how
 
     def close(self) -> None:
-        """End it and free the shared memory; a second call does nothing."""
-        if self._popen.returncode is None:
-            self.kill()
-            self._popen.wait()
-        self._socket.close()
-        self._reader.join(_EXIT_SECONDS)
-        self._out.close()
-        self._in.close()
+        """End it and free the shared memory; a second call does nothing, also beside the first: the model is closed by one thread while
+        another notices that its process died, and a descriptor that is closed twice may be another's by then.
+        """
+        with self._closing:
+            if self._popen.returncode is None:
+                self.kill()
+                self._popen.wait()
+            self._socket.close()
+            self._reader.join(_EXIT_SECONDS)
+            self._out.close()
+            self._in.close()
 
     def _log_output(self) -> None:
         """The model's own output goes to the worker's log; it has no other way out."""

@@ -127,6 +127,37 @@ const operations = {
     return found
   },
 
+  // Who asks for feeds here.
+  self (_, node) {
+    return { key: hex(node.defaultKeyPair.publicKey) }
+  },
+
+  // Logs that no Hyperbee wrote, each served under a key of its own: name to the keys of core and server.
+  async hostileFeeds (_, node) {
+    const Hypercore = require('hypercore')
+    const { Header, Node, YoloIndex } = require('hyperbee/lib/messages')
+    const index = seq => YoloIndex.encode({ levels: [{ keys: [seq], children: [seq, 0, seq, 0, seq, 0] }] })
+    const entry = (key, value, seq) => Node.encode({ index: index(seq), key: b4a.from(key), value: value && b4a.from(value) })
+    const logs = {
+      circle: [entry('a', '1', 1), entry('b', null, 2)],
+      garbage: [b4a.from('no entry')],
+      large: [entry('a', b4a.alloc(70 << 10, 0x20), 1)],
+      letters: [entry(b4a.from('eda080ff', 'hex'), '1', 1)],
+      value: [entry('a', b4a.alloc(20 << 10, 0x20), 1)]
+    }
+    const found = {}
+    for (const [name, blocks] of Object.entries(logs)) {
+      const folder = require('fs').mkdtempSync(require('path').join(require('os').tmpdir(), 'hostile-'))
+      const core = new Hypercore(folder)
+      await core.append([Header.encode({ protocol: 'hyperbee' }), ...blocks])
+      const server = node.createServer(stream => core.replicate(quiet(stream)))
+      await server.listen(DHT.keyPair())
+      process.on('exit', () => require('fs').rmSync(folder, { recursive: true }))
+      found[name] = [hex(core.key), hex(server.publicKey)]
+    }
+    return found
+  },
+
   async lookup ({ topic }, node) {
     const found = new Set()
     for await (const { peers } of node.lookup(bytes(topic))) for (const peer of peers) found.add(hex(peer.publicKey))

@@ -24,7 +24,7 @@ from tether.store.index.catalog import Catalog
 from tether.store.index.key_tables import KeyRow
 from tether.types import Digest, model_name
 
-__all__ = ["Accepted", "ModelKeys", "Revocation", "Rotation", "SealIndex", "has_keys", "key_row"]
+__all__ = ["Accepted", "ModelKeys", "Revocation", "Rotation", "SealIndex", "granted", "has_keys", "key_row"]
 
 _BATCH = 100
 """Model keys that are wrapped anew in one transaction: each costs an fsync, and publishes wait for it."""
@@ -218,6 +218,12 @@ def has_keys(catalog: Catalog, context: ModelContext) -> bool:
     """Whether a key was ever made for a model, or came from elsewhere: something of it is encrypted."""
     with catalog.reading() as db:
         return bool(tables.keys_of(db, context))
+
+
+def granted(catalog: Catalog, peer: str) -> tuple[ModelContext, ...]:
+    """The models whose keys a peer was given."""
+    with catalog.reading() as db:
+        return tuple(tables.grants_to(db, peer))
 
 
 def key_row(catalog: Catalog, key: str) -> KeyRow:

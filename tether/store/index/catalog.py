@@ -302,6 +302,13 @@ class Catalog:
             found = [_model_record(db, *row) for row in db.execute("SELECT id, publisher, name FROM models").fetchall()]
         return sorted((model for model in found if model.versions), key=lambda model: model.name)
 
+    def versions_of(self, digest: Digest) -> list[VersionRecord]:
+        """Those that have this manifest, the lab's own first, then by name."""
+        with self._reading() as db:
+            own = _own(db)
+            found = [_record(db, row) for row in db.execute(f"{_VERSIONS} WHERE digest = ?", (digest,)).fetchall()]
+        return sorted(found, key=lambda record: (record.publisher != own, record.name, record.version))
+
     def signature(self, digest: Digest, publisher: str) -> bytes | None:
         query = "SELECT signature FROM versions JOIN models ON id = model WHERE digest = ? AND publisher = ?"
         with self._reading() as db:
@@ -362,6 +369,11 @@ class Catalog:
             if row:
                 raise ConflictError(f"the name {label!r} is already that of publisher {row[0]}: choose another")
             db.execute("INSERT OR REPLACE INTO publishers VALUES (?, ?)", (publisher, label))
+
+    def publishers(self) -> dict[str, str]:
+        """Petnames by key."""
+        with self._reading() as db:
+            return dict(db.execute("SELECT key, label FROM publishers ORDER BY key").fetchall())
 
     def trust(self, publisher: str, scopes: Sequence[str]) -> None:
         with self._writing() as db:

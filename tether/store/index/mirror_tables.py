@@ -21,9 +21,12 @@ __all__ = [
     "apply",
     "begin_term",
     "enter",
+    "follow",
     "footing",
     "lost",
     "read_state",
+    "signatures",
+    "state_of",
 ]
 
 _APART = 1000
@@ -89,6 +92,8 @@ class Footing(msgspec.Struct, frozen=True):
     """Term and number of the last change that it has."""
     writes: bool
     """Whether that change was its own."""
+    since: int = 0
+    """Term since which nobody else's were in it: what it signed as the writer is the last that was signed."""
 
 
 # --- which store this is
@@ -110,7 +115,8 @@ def begin_term(db: sqlite3.Connection, term: int) -> Footing:
         raise ConflictError(f"term {term} of the writer's lease is over: {known.term} began")
     if known is not None and not known.writes:
         db.execute("UPDATE meta SET value = max(value, ?) + ? WHERE key = 'changes'", (known.position[1], _APART))
-    return _stand(db, Footing(known.member if known else secrets.token_hex(8), term, term, (term, _changes(db)), writes=True))
+    since = known.since if known is not None and known.writes else term
+    return _stand(db, Footing(known.member if known else secrets.token_hex(8), term, term, (term, _changes(db)), writes=True, since=since))
 
 
 def _stand(db: sqlite3.Connection, new: Footing) -> Footing:
@@ -140,6 +146,12 @@ def read_state(db: sqlite3.Connection) -> CatalogState:
         grants=tuple(db.execute("SELECT peer, publisher, name, granted FROM grants ORDER BY peer, publisher, name").fetchall()),
     )
     return CatalogState(change=_changes(db), whole=True, models=models, rest=rest)
+
+
+def state_of(db: sqlite3.Connection, publisher: str, name: str) -> ModelState | None:
+    """One model; None: nothing was ever heard of it."""
+    row = db.execute("SELECT id, publisher, name, next FROM models WHERE publisher = ? AND name = ?", (publisher, name)).fetchone()
+    return _read_model(db, *row) if row else None
 
 
 def _read_model(db: sqlite3.Connection, model: int, publisher: str, name: str, following: int) -> ModelState:
@@ -177,6 +189,43 @@ def apply(db: sqlite3.Connection, term: int, state: CatalogState, now: float) ->
     if state.rest is not None:
         _replace_rest(db, state.rest)
     _stand(db, Footing(known.member, term, known.wrote, (term, state.change), writes=False))
+
+
+def signatures(db: sqlite3.Connection, publisher: str, name: str) -> dict[Digest, bytes]:
+    """The versions of one model, by digest, and how the catalog has them signed."""
+    query = "SELECT digest, signature FROM versions JOIN models ON id = model WHERE publisher = ? AND name = ?"
+    return {Digest(digest): signature for digest, signature in db.execute(query, (publisher, name))}
+
+
+def follow(db: sqlite3.Connection, states: Iterable[ModelState], now: float) -> None:
+    """Make this catalog say of single models, all of other publishers, what their states say; footing and all else stay.
+
+    Raises: ConflictError: a number means another digest here, or a state contradicts itself.
+    """
+    for state in states:
+        _check_consistent(state)
+        key = (state.publisher, state.name)
+        query = "SELECT version, digest FROM versions JOIN models ON id = model WHERE publisher = ? AND name = ?"
+        here: dict[int, str] = dict(db.execute(query, key).fetchall())
+        for each in state.versions:
+            if here.get(each.version, each.digest) != each.digest:
+                raise ConflictError(
+                    f"{state.name}:{each.version} of publisher {state.publisher} is {here[each.version][:12]}… here and "
+                    f"{each.digest[:12]}… there: delete it here if it was brought in by hand; else the publisher gave a number twice"
+                )
+        given = [following for (following,) in db.execute("SELECT next FROM models WHERE publisher = ? AND name = ?", key)]
+        following = max([state.next, *given, *(each.version + 1 for each in state.versions)])
+        _replace(db, msgspec.structs.replace(state, next=following), now)
+
+
+def _check_consistent(state: ModelState) -> None:
+    numbers = {each.version for each in state.versions}
+    named = {*state.aliases.values(), *(at for _, at in state.history)}
+    if not named <= numbers or (numbers and "latest" not in state.aliases) or len({each.digest for each in state.versions}) < len(numbers):
+        raise ConflictError(
+            f"what is to be said of {state.name} of publisher {state.publisher} contradicts itself: each alias points at one of its "
+            "versions, `latest` too, and each version has a digest of its own"
+        )
 
 
 def _replace(db: sqlite3.Connection, new: ModelState, now: float) -> None:

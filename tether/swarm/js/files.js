@@ -2,6 +2,7 @@
 //
 // What a publisher has signed and shown must not be forgotten: after a power cut it would sign something else at the same place, and
 // its followers would call that a fork. So the blocks are on the disk before the log names them, and the log before anyone is told.
+// A follower's copy is flushed never: its blocks are compared with the signed root when they are read, and fetched again.
 
 const RandomAccessStorage = require('random-access-storage')
 const b4a = require('b4a')
@@ -81,7 +82,7 @@ class HostFile extends RandomAccessStorage {
   }
 
   sync () {
-    if (this.number === 0) return
+    if (this.number === 0 || !this.group.durable) return
     control[0] = this.number
     host.fileSync()
     if (control[0] === FAILED) throw failure()
@@ -101,7 +102,7 @@ function failure () {
 }
 
 // What Hypercore asks for its files: `name => file`, all in one folder.
-module.exports = function storage (folder) {
-  const group = { folder, files: new Map() }
+module.exports = function storage (folder, { durable }) {
+  const group = { folder, durable, files: new Map() }
   return name => new HostFile(group, name)
 }

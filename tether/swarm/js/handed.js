@@ -53,15 +53,16 @@ class HandedStream extends NoiseSecretStream {
 }
 
 function routeOf (dht, raw) {
-  if (raw.relay && raw.relay.socket === raw.socket && raw.relay.remotePort === raw.remotePort && raw.relay.remoteHost === raw.remoteHost) return RELAYED
+  const relay = raw.asked && raw.asked.rawStream
+  if (relay && relay.socket === raw.socket && relay.remotePort === raw.remotePort && relay.remoteHost === raw.remoteHost) return RELAYED
   // hyperdht punches from sockets of this pool and from no other.
   return dht._socketPool.lookup(raw.socket) === null ? DIRECT : PUNCHED
 }
 
-// hyperdht does not say whether a stream runs through a relay; the relay's client is told which stream it pairs.
+// hyperdht does not say whether a stream runs through a relay; the relay's client is told which stream it pairs, before it is connected.
 const { pair } = relay.Client.prototype
 relay.Client.prototype.pair = function (isInitiator, token, raw) {
-  raw.relay = this.stream.rawStream
+  raw.asked = this.stream
   return pair.call(this, isInitiator, token, raw)
 }
 

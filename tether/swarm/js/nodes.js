@@ -80,9 +80,21 @@ function relaysOf (node) {
   return []
 }
 
+// Whether each server has told nodes of the DHT where it is to be found, since `wake` where that was called. One that failed to is tried
+// again by hyperdht only after five minutes.
+function isAnnounced (node) {
+  for (const { _announcer: announcer } of node.listening) {
+    if (announcer === null || announcer.relays.length === 0 || announcer.relays === announcer.tetherOld) return false
+  }
+  return node.listening.size > 0
+}
+
 const record = found => found && { value: hex(found.value), seq: found.seq, signature: hex(found.signature) }
 
 module.exports.nodeOf = nodeOf
+module.exports.firewall = firewall
+module.exports.Handshakes = Handshakes
+module.exports.newHandle = () => ++handles
 module.exports.methods = {
   create ({ bootstrap, seed, host, port, ephemeral, firewalled }) {
     const keyPair = DHT.keyPair(bytes(seed))
@@ -105,6 +117,12 @@ module.exports.methods = {
     await nodeOf(node).fullyBootstrapped()
   },
 
+  // Ask others for packets where they were not written to. hyperdht does so as it begins, if the first node that answers is quick, and then
+  // after twenty minutes.
+  async probe ({ node }) {
+    await nodeOf(node)._updateNetworkState(true)
+  },
+
   status ({ node }) {
     const dht = nodeOf(node)
     return {
@@ -117,6 +135,7 @@ module.exports.methods = {
       bootstrapped: dht.bootstrapped,
       online: dht.online,
       degraded: dht.degraded,
+      announced: isAnnounced(dht),
       known: dht.nodes.length,
       punches: dht.stats.punches,
       relaying: dht.stats.relaying
@@ -211,6 +230,19 @@ module.exports.methods = {
 
   async resume ({ node }) {
     await nodeOf(node).resume()
+  },
+
+  // After a sleep, or in another network: what hyperdht does by and by, now. Nothing is cut, nothing is waited for.
+  wake ({ node }) {
+    const dht = nodeOf(node)
+    dht._onwakeup()
+    dht.refresh()
+    for (const { _announcer: announcer } of dht.listening) {
+      if (announcer === null) continue
+      announcer.tetherOld = announcer.relays
+      announcer.refresh()
+      announcer._sleeper.resume()
+    }
   },
 
   async destroy ({ node, force }) {

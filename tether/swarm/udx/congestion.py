@@ -246,6 +246,6 @@ class Congestion:
             if self._state is _State.PROBE_ROUND_TRIP:
                 target = self._product / 2
             window = min(self.window + count, target)
-        else:
-            window = self.window + (count if self.is_limited else 0)
+        else:  # pacing holds packets back too, which must not make the beginning slower
+            window = self.window + (count if self.is_limited or self.window < _HIGH_GAIN * self._product else 0)
         self.window = max(_MIN, min(window, self._ceiling))

@@ -137,6 +137,11 @@ class Machine:
         if self.is_connected:
             self.sender.send_control(wire.MESSAGE, data)
 
+    def poke(self) -> None:
+        """Ask the peer for a sign of life now, whatever else waits to be sent."""
+        if self.is_connected:
+            self.sender.send_control(wire.HEARTBEAT)
+
     def set_keepalive(self, seconds: float, now: float) -> None:
         """Ask the peer for a sign of life after so long without one; 0: don't."""
         self._keepalive = seconds

@@ -75,7 +75,7 @@ class Sender:
         if len(data):
             self._outbox.put(data)
             self.unacknowledged_nbytes += len(data)
-        self._is_full = self.unacknowledged_nbytes > self._high_water()
+        self._is_full = self._queued_nbytes() > self._high_water()
         return not self._is_full
 
     def end(self) -> None:
@@ -130,7 +130,7 @@ class Sender:
             delivery = flight.acknowledge(max(ack, flight.una), blocks, self.trip.shortest, now)
             if delivery.count:
                 self._deliver(delivery, now)
-        if self._is_full and self.unacknowledged_nbytes < self._high_water():
+        if self._is_full and self._queued_nbytes() < self._high_water():
             self._is_full, self.has_drained = False, True
 
     def pump(self, now: float) -> bool:
@@ -367,6 +367,10 @@ class Sender:
     def _suspect_black_hole(self, now: float) -> None:
         if self.mtu.size > BASE_NBYTES:
             self.mtu.shrink(now)
+
+    def _queued_nbytes(self) -> int:
+        """Not counted is what came behind a hole: on a path with losses the network would stand still for want of bytes, not of room."""
+        return self._outbox.nbytes + self.flight.count * self.mtu.payload_nbytes
 
     def _high_water(self) -> int:
         return HIGH_WATER_NBYTES + min(int(self.congestion.window) * self.mtu.payload_nbytes, self.window)

@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from tether.swarm.udx.endpoint import Udx
     from tether.swarm.udx.sockets import UdxSocket
 
-__all__ = ["UdxStream"]
+__all__ = ["Meter", "UdxStream"]
 
 _MAX_QUEUED_NBYTES = 64 << 20
 """Written and not acknowledged: an application that does not wait for the drain is stopped before memory is."""
 _MAX_ID = (1 << 32) - 1
 _TIMER_SLACK = 0.0005
+
+
+Meter = Callable[[int], float | None]
+"""Asked before so many bytes are forwarded: seconds that they wait; None loses them."""
+_FAR = 1 << 20
+"""Packets that a number may be ahead of the last one that was forwarded: more than are ever under way."""
 
 
 class Path(NamedTuple):
@@ -65,6 +71,8 @@ class UdxStream:
         """Where packets of this stream are forwarded to, if they are."""
         self.machine = Machine(udx.clock())
         self._relayed: set[UdxStream] = set()
+        self._meter: Meter | None = None
+        self._passed = b""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._is_scheduled = False
@@ -97,6 +105,12 @@ class UdxStream:
     def mtu(self) -> int:
         """Bytes of the largest packet, IP header included, that is known to pass."""
         return self.machine.sender.mtu.size
+
+    @property
+    def pulse(self) -> tuple[int, bool]:
+        """How many packets came so far, and whether the peer owes one: something that was sent is not acknowledged."""
+        sender = self.machine.sender
+        return sender.statistics.packets_received, not sender.flight.is_empty
 
     @property
     def stats(self) -> dict[str, float]:
@@ -174,6 +188,11 @@ class UdxStream:
         self.machine.send_message(data)
         self._transmit()
 
+    def poke(self) -> None:
+        """Ask the peer for a sign of life now, whatever else waits to be sent: it is seen in `pulse`."""
+        self.machine.poke()
+        self._transmit()
+
     def set_keepalive(self, ms: float) -> None:
         """Ask for a sign of life after so many milliseconds of silence; 0: don't. Seven in a row without an answer, and 15 s, close it."""
         self.machine.set_keepalive(ms / 1000, self.udx.clock())
@@ -196,17 +215,28 @@ class UdxStream:
             self.machine.destroy(self.udx.clock())
             self._finish()
 
-    def relay_to(self, stream: UdxStream) -> None:
+    def relay_to(self, stream: UdxStream, meter: Meter | None = None) -> None:
         """Forward each packet that comes for this stream to the peer of the other one.
 
         Done both ways, two peers speak through here and keep their encryption to themselves. Where one closes the other does.
+        `meter` bounds it.
 
         Raises: RequestError: it is forwarded already, or the other one is closed.
         """
         if self.relay is not None or stream.is_closed:
             raise RequestError("a stream is relayed once, and to one that is open; make two new ones")
-        self.relay = stream
+        self.relay, self._meter = stream, meter
         stream._relayed.add(self)
+
+    def dismiss(self) -> None:
+        """End a relayed stream and the one it is forwarded to, and tell both peers, who else would find out after many seconds.
+
+        Not where they may go on without the relay: it would end that too.
+        """
+        for stream in (self, self.relay):
+            if stream is not None:
+                stream.tell_end()
+        self.abort(None)
 
     # -- what sockets and the endpoint do
 
@@ -218,6 +248,8 @@ class UdxStream:
 
     def forward(self, datagram: memoryview, header: wire.Header) -> None:
         """Send a packet on to the peer of `relay`."""
+        if header[2] & wire.DESTROY:
+            self._meter = None  # what ends it does not wait
         self.forward_batch(datagram, len(datagram))
         if header[2] & wire.DESTROY:
             self.abort("ECONNRESET")
@@ -230,12 +262,26 @@ class UdxStream:
         mine = all(data[4 + at :: nbytes].count(byte) == count for at, byte in enumerate(self.id.to_bytes(4, "little")))
         if target is None or (count > 1 and (not mine or any(flags & wire.DESTROY for flags in data[2::nbytes]))):
             return False
-        if target.socket is not None and target.is_connected:
+        wait = None if not target.is_connected else 0.0 if self._meter is None else self._meter(len(data))
+        if wait is not None:
             wire.readdress(data, nbytes, target.remote_id)
-            path = target.machine.sender.path
-            if isinstance(path, Path):
-                path.socket.transmit(data, nbytes, path.address)
+            if wait:
+                self.udx.loop.call_later(wait, target.pass_on, data, nbytes)
+            else:
+                target.pass_on(data, nbytes)
         return True
+
+    def pass_on(self, data: bytearray, nbytes: int) -> None:
+        """Send the peer what another stream forwards to it."""
+        path = self.machine.sender.path
+        if not self._is_closed and isinstance(path, Path):
+            self._passed = bytes(data[12:16])
+            path.socket.transmit(data, nbytes, path.address)
+
+    def tell_end(self) -> None:
+        """Tell the peer that the stream is over, as the one whose packets are forwarded to it would."""
+        seq = int.from_bytes(self._passed, "little") + _FAR
+        self.pass_on(bytearray(wire.build_packet(wire.DESTROY, self.remote_id, 0, seq, 0)), wire.HEADER_NBYTES)
 
     def abort(self, code: CloseCode | None) -> None:
         """Close without a word to the peer."""

@@ -3,7 +3,8 @@
 What is there rarely comes first, and among equals everybody has another order, so that labs that fetch at the same time soon have something
 to give each other. A blob is asked of whoever will have sent it first, judged by what each peer gave until now; of the origin only where no
 other has it, or all others are far slower, and then by one of those who fetch, which is drawn by lot: so the origin sends little more than
-one copy, however many fetch. What a peer sends is not believed: `lied` is for the first wrong blob, and there is no second.
+one copy where a few fetch, and two where 64 do (`benchmarks/swarm_scale`). What a peer sends is not believed: `lied` is for the first wrong
+blob, and there is no second.
 """
 
 from __future__ import annotations
@@ -79,9 +80,16 @@ class _Peer:
         is_new = now - self.came < _CLAIM
         return not self.is_origin and (is_new or (self.last > -math.inf and now - self.gained < _CLAIM)) and not self.has.all()
 
+    @property
+    def window(self) -> float:
+        return min(max(self.rate * _AHEAD, _MIN_WINDOW), _MAX_WINDOW)
+
     def has_room(self, nbytes: int) -> bool:
-        window = min(max(self.rate * _AHEAD, _MIN_WINDOW), _MAX_WINDOW)
-        return not self.asked or self.nbytes + nbytes <= window
+        return not self.asked or self.nbytes + nbytes <= self.window
+
+    def expected_at_most(self, nbytes: int) -> float:
+        """`expected` of a blob that is no larger, whatever it is asked for until then."""
+        return (max(self.window, self.nbytes, nbytes) + nbytes) / self.rate
 
 
 class Sources:
@@ -160,30 +168,42 @@ class Sources:
         """All that is to be asked now. `missing`: indices that nobody is asked for; `nbytes`: of each blob of the version."""
         out: list[Asking] = []
         wanted = np.array(self.order(missing), np.int64)
-        wanted = wanted[self._askable(now)[wanted]]
+        by_others, by_origins = self._askable(now, min(nbytes, default=0), max(nbytes, default=0))
+        wanted = wanted[(by_others | by_origins)[wanted]]
+        if not wanted.size:
+            return out
         giving = [peer for peer in self._peers.values() if peer.resting <= now and peer.has[wanted].any()]
-        for index in map(int, wanted):
-            if not any(peer.has_room(nbytes[index]) for peer in giving):
+        last = np.flatnonzero(by_origins[wanted]).max(initial=-1)
+        for place, index in enumerate(map(int, wanted)):
+            if not any(peer.has_room(nbytes[index]) for peer in giving if place <= last or not peer.is_origin):
                 break
             asking = self.ask(index, nbytes[index], now)
             if asking is not None:
                 out.append(asking)
         return out
 
-    def _askable(self, now: float) -> npt.NDArray[np.bool_]:
-        """All for which `ask` may find somebody, and few others: `next` runs for each blob that comes, and most are others' to ask for."""
+    def _askable(self, now: float, smallest: int, largest: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """What `ask` may ask others for, and what origins, and little else: `next` runs for each blob that comes, and few are ours.
+
+        An origin has room most of the time, and is not asked for what another one has who is not far slower: without `near` each blob of a
+        large version would be gone through, each time, to find just that.
+        """
         here = [peer for peer in self._peers.values() if peer.resting <= now]
-        having, others, claimed = (np.zeros(self._count, np.bool_) for _ in range(3))
+        limit = max(_TOO_SLOW, _TIMES * min((peer.expected(smallest) for peer in here if peer.is_origin), default=math.inf))
+        by_origins, by_others, others, near, claimed = (np.zeros(self._count, np.bool_) for _ in range(5))
         for peer in here:
-            if peer.has_room(1):
+            if peer.has_room(smallest):
+                having = by_origins if peer.is_origin else by_others
                 having |= peer.has
             if not peer.is_origin:
                 others |= peer.has
+                if peer.expected_at_most(largest) <= limit:
+                    near |= peer.has
         if any(peer.asked for peer in self._peers.values()):
             for peer in self._peers.values():
                 if peer.is_fetching(now):
                     claimed |= (peer.lots < self._lots) & ~peer.has
-        return having & (others | ~claimed)
+        return by_others, by_origins & ~near & (others | ~claimed)
 
     def ask(self, index: int, nbytes: int, now: float) -> Asking | None:
         """Ask somebody for a blob; somebody else each time. None: nobody has it and room now."""
@@ -218,7 +238,7 @@ class Sources:
         """What has been asked for too long ago by all that were asked: ask another one as well; the first that comes counts."""
         late: dict[int, bool] = {}
         best = max((peer.rate for peer in self._peers.values()), default=_FIRST_RATE)
-        for peer in self._peers.values():
+        for peer in [each for each in self._peers.values() if each.asked]:
             patience = max(_PATIENCE, _TIMES * peer.nbytes / best)
             for index, (_, asked) in peer.asked.items():
                 late[index] = late.get(index, True) and now - max(asked, peer.last) >= patience
@@ -259,7 +279,7 @@ class Sources:
         """It did not answer; it is left alone for a moment, and is slower in our eyes."""
         self._release(peer, index)
         known = self._peers.get(peer)
-        if known is not None:
+        if known is not None and known.resting <= now:  # else it is the same failure, told once for each blob that was asked for
             known.resting = now + _RESTS[min(known.failures, len(_RESTS) - 1)]
             known.failures += 1
             known.rate = max(_SLOWEST, known.rate / 2)

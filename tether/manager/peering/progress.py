@@ -54,6 +54,12 @@ class Progress:
         """All of it is there, verified and durable."""
         return replace(self, done=self.total, fraction=1.0, at=now, is_finished=True)
 
+    def beside(self, other: Progress) -> Progress:
+        """Both together."""
+        done, total = self.done + other.done, self.total + other.total
+        fraction = min(done / total, _ALMOST) if total else 0.0
+        return Progress(done, total, fraction, self.rate + other.rate, self.at, max(self.peers, other.peers))
+
     @property
     def remaining(self) -> float | None:
         """Seconds, if it goes on so; None: nothing comes."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from tether.store.index.mirror_tables import ModelState, VersionState
-from tether.swarm.feed_entries import Content, FeedModel, FeedVersion, sayable
+from tether.swarm.feed_entries import Content, FeedModel, FeedVersion, sayable, sayable_aliases
 from tether.types import Digest
 
 __all__ = ["content_of", "states_of", "wanted"]
@@ -29,7 +29,7 @@ def _feed_model(model: ModelState) -> FeedModel:
         each.version: sayable(FeedVersion(each.digest, each.nbytes, each.created, msgspec.json.decode(each.tags, type=dict[str, str])))
         for each in model.versions
     }
-    return FeedModel(model.next, versions, dict(model.aliases))
+    return FeedModel(model.next, versions, sayable_aliases(model.aliases))
 
 
 def wanted(content: Content, names: Iterable[str], held: Iterable[Digest]) -> list[Digest]:

@@ -24,6 +24,8 @@ PATIENCE = 10.0
 _ASLEEP = 5.0
 """Seconds between two ticks from which on it was this host that was away."""
 _MAX_COPIES = 1000
+_MAX_PLACES = 64
+"""Regions, labs that are pinned, and characters of each: a policy has to fit into an entry of a feed."""
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -42,6 +44,8 @@ class Policy(msgspec.Struct, frozen=True):
         """Raises: BadInputError: it makes no sense."""
         if not 1 <= self.copies <= _MAX_COPIES or (self.budget is not None and self.budget < 0):
             raise BadInputError(f"a policy asks for 1 to {_MAX_COPIES} copies, and for a budget in bytes or none")
+        if max(len(self.regions), len(self.pin)) > _MAX_PLACES or any(len(each) > _MAX_PLACES for each in (*self.regions, *self.pin)):
+            raise BadInputError(f"a policy names at most {_MAX_PLACES} regions of so many characters, and labs by their keys")
         return self
 
     def wanted(self, nbytes: int) -> int:
@@ -72,6 +76,8 @@ class Copies:
     """Keys of labs that have all of it, away ones too."""
     coming: AbstractSet[str] = frozenset()
     """Keys of labs that have begun to fetch it: another choice now would move what is under way."""
+    refusing: AbstractSet[str] = frozenset()
+    """Keys of labs that can't take it: it goes elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +140,7 @@ class _Planning:
     def keep(self, copies: Copies) -> None:
         """Of the copies that are there, or coming, as many as are wanted: pinned ones, whole ones, then by lot."""
         wanted = copies.policy.wanted(copies.nbytes)
-        there = [peer for peer in (copies.held | copies.coming) & self._sites.keys() if self._fits(copies, peer)]
+        there = [peer for peer in (copies.held | (copies.coming - copies.refusing)) & self._sites.keys() if self._fits(copies, peer)]
         ranked = sorted(there, key=lambda peer: (peer not in copies.policy.pin, peer not in copies.held, _lot(copies.model, peer)))
         pinned = sum(peer in copies.policy.pin for peer in ranked)
         self._holders[copies.model] = ranked[: max(wanted, pinned)]
@@ -142,7 +148,7 @@ class _Planning:
     def complete(self, copies: Copies) -> None:
         """Find places for the copies that are missing, and see who has one too many."""
         holders = self._holders[copies.model]
-        for peer in sorted(set(copies.policy.pin) & self._sites.keys() - set(holders)):
+        for peer in sorted((set(copies.policy.pin) & self._sites.keys()) - set(holders) - copies.refusing):
             self._place(copies, peer)  # who is pinned has said so; room or not
         while len(holders) < copies.policy.wanted(copies.nbytes):
             best = self._best(copies)
@@ -164,7 +170,8 @@ class _Planning:
         """Where the next copy goes: a region that has fewest of them, then by lot."""
         holders = self._holders[copies.model]
         regions = [self._sites[peer].region for peer in holders]
-        free = [peer for peer in self._sites if peer not in holders and self._fits(copies, peer) and self._has_room(copies, peer)]
+        fitting = [peer for peer in self._sites if peer not in holders and peer not in copies.refusing and self._fits(copies, peer)]
+        free = [peer for peer in fitting if self._has_room(copies, peer)]
         return min(free, key=lambda peer: (regions.count(self._sites[peer].region), _lot(copies.model, peer)), default=None)
 
     def _fits(self, copies: Copies, peer: str) -> bool:
@@ -177,9 +184,14 @@ class _Planning:
 
     def _reason(self, copies: Copies) -> str:
         wanted, count = copies.policy.wanted(copies.nbytes), len(self._holders[copies.model])
-        fitting = [peer for peer in self._sites if self._fits(copies, peer)]
+        fitting = [peer for peer in self._sites if self._fits(copies, peer) and peer not in copies.refusing - copies.held]
         where = f" in {', '.join(copies.policy.regions)}" if copies.policy.regions else ""
-        why = f"{len(fitting)} labs{where} are here" if len(fitting) < wanted else f"no room for {copies.nbytes} bytes at the others{where}"
+        able = " and can take it" if copies.refusing else ""
+        why = (
+            f"{len(fitting)} labs{where} are here{able}"
+            if len(fitting) < wanted
+            else f"no room for {copies.nbytes} bytes at the others{where}"
+        )
         return f"{count} of {wanted} copies: {why}"
 
     def finished(self) -> Plan:

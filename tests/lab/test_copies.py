@@ -1,0 +1,103 @@
+"""Three labs that hold copies of one publisher's models, as its policy says; the publisher dies, and nothing is lost."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from conftest import WEIGHTS, write_model
+
+import tether
+from tether.errors import ForbiddenError, UnavailableError
+from tether.testing.requirements import needs
+from tether.testing.testnet import testnet
+
+pytestmark = [pytest.mark.swarm, pytest.mark.slow, needs("pythonmonkey")]
+ROWS = np.ones((2, 16), np.float32)
+MODELS = [f"m{number:02}" for number in range(30)]
+PATIENCE = 90.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def net():
+    with testnet() as net, pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TETHER_BOOTSTRAP", net.bootstrap)
+        yield net
+
+
+def until(condition, patience=PATIENCE):
+    end = time.monotonic() + patience
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.1)
+    return found
+
+
+def cli(*words):
+    command = [sys.executable, "-m", "tether", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def is_whole_again(lab):
+    try:
+        return lab.copies("alice/m00").whole == 2
+    except UnavailableError:
+        return False
+
+
+def kill(data):
+    """All of a lab at once, its supervisor first; gives its processes' end to nobody."""
+    found = [each for each in psutil.process_iter(["cmdline"]) if str(data) in " ".join(each.info["cmdline"] or ())]
+    for process in sorted(found, key=lambda each: "tether.lab.launch" not in each.info["cmdline"]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def test_thirty_models_have_two_copies_each_and_again_two_after_their_publisher_died(tmp_path, measured):
+    with (
+        tether.up(workers=1, data=tmp_path / "his") as his,
+        tether.up(workers=1, data=tmp_path / "theirs") as theirs,
+    ):
+        hers = tether.up(workers=1, data=tmp_path / "hers")
+        invitation = str(hers.invite(scope="replicate", uses=2))
+        with pytest.raises(ForbiddenError, match="replicate"):
+            his.hold(hers.address)
+        for lab in (his, theirs):
+            lab.hold(invitation)
+            lab.name_peer(hers.address, "alice")
+        for number, name in enumerate(MODELS):
+            hers.publish(name, write_model(tmp_path / "m.onnx", number + 1.0))
+        began = time.monotonic()
+        hers.policy("m00", copies=3, pin=[his.address], budget=10**9)
+        assert hers.policies()["m00"].budget == 10**9
+        assert hers.policy("m00").copies == 1
+        assert json.loads(cli("policy", "*", "--copies", "2", "--json", "--data", tmp_path / "hers"))["policies"].keys() == {"*"}
+        until(lambda: all(hers.copies(name).whole == 2 for name in MODELS))
+        spread = time.monotonic() - began
+        assert len(his.models) + len(theirs.models) == len(MODELS)
+        assert min(len(his.models), len(theirs.models)) > 0
+
+        kill(tmp_path / "hers")
+        began = time.monotonic()
+        until(lambda: all(len(lab.models) == len(MODELS) for lab in (his, theirs)))
+        restored = time.monotonic() - began
+        for lab in (his, theirs):
+            for number, name in enumerate(MODELS):
+                np.testing.assert_allclose(lab.infer(f"alice/{name}", ROWS), (number + 1) * ROWS @ WEIGHTS, rtol=1e-6)
+        assert his.copies("alice/m00").whole == 2
+        shown = cli("show", "alice/m00", "--data", tmp_path / "his")
+        assert "this lab" in shown
+        assert "alice" in shown  # its copy is away
+        assert "whole, away" in shown
+        (manager,) = [service.pid for service in his.status().services if service.role == "manager"]
+        psutil.Process(manager).kill()  # the next one knows the feed and the policy from the disk
+        until(lambda: is_whole_again(his))
+        (holding,) = json.loads(cli("hold", "--json", "--data", tmp_path / "his"))["holdings"]
+        assert holding == {"publisher": his.holdings()[0].publisher, "region": "", "room": None}
+        his.end_holding("alice")
+        assert his.holdings() == []
+        measured(f"30 models: two copies each {spread:.1f} s after the policy, again {restored:.1f} s after the publisher was killed")

@@ -1,0 +1,60 @@
+"""Who comes to a manager from outside of its cluster: the user's own processes at its door, and other labs over the swarm."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+from tether.manager.asking import Operation
+from tether.manager.membership import Signal
+from tether.manager.operations import Operations
+from tether.manager.peering.door import Door
+from tether.manager.peering.peering import Peering
+from tether.manager.settings import ManagerSettings
+from tether.swarm.local import serve
+
+__all__ = ["Standing", "entrance"]
+
+_GRACE: Final = 3.0
+"""Seconds for calls that are made when a manager ends: a lab that starts waits for it, and a supervisor kills after ten."""
+
+_PATIENCE: Final = 10.0
+"""Seconds for them when nobody waits for the end: the manager grew too heavy, and another one takes its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a manager is in its cluster; one without a cluster is all that there is."""
+
+    may_serve: Callable[[], bool] = lambda: True
+    """Whether this is the manager that other labs are to reach."""
+    offer: Callable[[Mapping[str, Operation]], None] = lambda _: None
+    """Told of the operations that there are besides."""
+    end: Callable[[], None] = lambda: None
+    """Asks the process to end: another one is to take its place."""
+    signal: Signal = field(default_factory=Signal)
+    """Fired when the catalog may be another one."""
+
+
+@asynccontextmanager
+async def entrance(
+    settings: ManagerSettings, operations: Operations, asking: Mapping[str, Operation], standing: Standing, *, alone: bool = False
+) -> AsyncIterator[Door]:
+    """Open both for as long as the body runs."""
+    peering = Peering(operations, asking, settings, standing.signal)
+    peering.replace = standing.end
+    standing.offer(peering.handlers())
+    door = Door(operations.public, {**asking, **peering.handlers()}, peering, alone=alone)
+    server = await serve(settings.data.door, door.admit)
+    running = asyncio.create_task(peering.run(standing.may_serve))
+    try:
+        yield door
+    finally:
+        server.close()
+        grace = _PATIENCE if peering.is_heavy else _GRACE
+        await asyncio.gather(door.aclose(grace), peering.retire(grace))
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

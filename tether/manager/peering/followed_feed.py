@@ -1,0 +1,326 @@
+"""Another lab's feed: asked for, judged, followed while it grows, and given on as values. Nothing of it is in the catalog yet.
+
+What was taken and what was imported are two things: a restart goes on from what was imported, and the difference comes again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from tether.errors import EngineError, FeedRefusedError, InternalError, MalformedFeedError, PeerUnreachableError, TetherError
+from tether.manager.peering.feed_copies import FeedCopies
+from tether.manager.peering.feed_reading import News, Offer, check_bound, parse_offer, read, some
+from tether.swarm.engine import Engine
+from tether.swarm.feed_entries import Content, applied
+from tether.swarm.feed_heads import Head, parse_head
+from tether.swarm.feed_log import FeedCopy, LogPart
+from tether.swarm.feed_state import FATAL, TAKEN, FeedState, FeedStates, Verdict, judge
+from tether.swarm.feed_tree import FeedTree
+
+__all__ = ["FollowedFeed", "Following"]
+
+log = structlog.get_logger("tether.swarm")
+_SPACING = 0.05
+"""Seconds between two questions, however often the publisher's core grows."""
+_ASK_ANYWAY = 300.0
+"""Seconds after which a publisher that tells nothing is asked."""
+_AGAIN, _AT_LAST = 0.2, 60.0
+"""Seconds until what failed is tried again: at first, and at most."""
+_STEADY = 10.0
+"""Seconds that a connection has to last for the next one to be tried at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """What a followed feed needs of its surroundings."""
+
+    engine_of: Callable[[], Awaitable[Engine]]
+    ask: Callable[[], Awaitable[Mapping[str, Any]]]
+    """`tether/1/feed` of the publisher. Raises: TetherError: it does not answer."""
+    on_content: Callable[[str, News], None]
+    """The publisher's key (hex), and what is new, or after a start what is known; models that the user follows are then pulled, and
+    `imported` is called."""
+    bound: Callable[[], Content]
+    """What the catalog here says of the publisher's models: their numbers are given. Blocks."""
+    states: FeedStates
+    folder: Path
+    """Of this publisher's copies alone."""
+    clock: Callable[[], float] = time.time
+
+
+class FollowedFeed:
+    """One publisher's. Belongs to the engine's loop."""
+
+    def __init__(self, publisher: str, following: Following) -> None:
+        """`publisher`: key, hex."""
+        self.publisher, self._with = publisher, following
+        self._copies = FeedCopies(following.engine_of, following.folder, self._told)
+        self._lock, self._saving = asyncio.Lock(), asyncio.Lock()
+        self._event, self._wake = asyncio.Event(), asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._saved: FeedState | None = None
+        self._taken = FeedState(publisher)
+        """With what is not imported yet."""
+        self._tree = FeedTree()
+        """Over the blocks that say `content`."""
+        self.content: Content | None = None
+        """What it says; None: not known yet, or no more."""
+        self.problem: TetherError | None = None
+        """Why nothing new comes; FeedRefusedError: a person has to decide."""
+
+    @property
+    def state(self) -> FeedState:
+        """What is believed. `state.head` is for handing on."""
+        return self._taken
+
+    def start(self) -> None:
+        """Follow it until `aclose`."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name=f"feed-{self.publisher[:8]}")
+
+    def nudge(self) -> None:
+        """Ask now: the peer is back, or somebody has a newer head."""
+        self._event.set()
+        self._wake.set()
+
+    async def imported(self, news: News) -> None:
+        """What it says of the models that are followed is in the catalog, durably. Raises: StoreError."""
+        before = self._saved.known if self._saved else None
+        new = news.state.known
+        if self._saved is None or new is None or (before and (before.era, before.length) >= (new.era, new.length)):
+            return
+        state = self._saved
+        await self._save(msgspec.structs.replace(news.state, refusal=state.refusal, rollbacks=state.rollbacks, pardoned=state.pardoned))
+        await self._copies.keep({head.core for head in (new, self._taken.known) if head})
+
+    async def heard(self, signed: bytes, seen_from: str) -> Verdict:
+        """A head of this feed that another peer (key, hex) handed on: a longer one is asked for, one that contradicts stops the feed.
+
+        Raises: MalformedFeedError: it is none; StoreError.
+        """
+        head = parse_head(signed, self.publisher)
+        async with self._lock:
+            verdict = await self._judged(head)
+            if verdict in FATAL or verdict is Verdict.ROLLED_BACK:
+                await self._refuse(verdict, signed, seen_from)
+        if verdict in TAKEN or verdict is Verdict.UNPROVEN:
+            self.nudge()
+        return verdict
+
+    async def forgive(self, *, from_the_start: bool = False) -> None:
+        """A person decided to follow it again. Raises: StoreError."""
+        async with self._lock:
+            await self._load()
+            self._taken = self._taken.forgiven(from_the_start=from_the_start)
+            await self._save((self._saved or self._taken).forgiven(from_the_start=from_the_start))
+            if from_the_start:
+                self.content, self._tree = None, FeedTree()
+        self.nudge()
+
+    async def aclose(self) -> None:
+        """Follow it no more; before the engine is closed."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self._copies.aclose()
+
+    # --- the loop
+
+    async def _run(self) -> None:
+        loop, pause = asyncio.get_running_loop(), _AGAIN
+        while True:
+            began = loop.time()
+            try:
+                await self._session()
+            except TetherError as error:
+                self._failed(error)
+            except Exception as error:
+                log.exception("following a feed failed", publisher=self.publisher)
+                self._failed(InternalError(f"following the feed failed ({type(error).__name__}): the log has the traceback"))
+            if self.problem is not None:
+                await self._copies.aclose()
+            pause = _AGAIN if loop.time() - began > _STEADY else min(2 * pause, _AT_LAST)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
+            self._wake.clear()
+
+    async def _session(self) -> None:
+        """Until the connection to the publisher ends. Raises: TetherError."""
+        async with self._lock:
+            await self._load()
+        while True:
+            self._event.clear()
+            offer = parse_offer(await self._with.ask(), self.publisher)
+            async with self._lock:
+                copy = await self._consider(offer)
+            self.problem = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ASK_ANYWAY):
+                    await self._event.wait()
+            if not copy.is_live:
+                return
+            await asyncio.sleep(_SPACING)
+
+    async def _load(self) -> None:
+        """What was believed, and what it said. Raises: StoreError."""
+        if self._saved is None:
+            self._saved = self._taken = await asyncio.to_thread(self._with.states.load, self.publisher)
+        known = self._taken.known
+        if self.content is None and known is not None:
+            self.content, self._tree = await self._remembered(known)
+            if self.content is not None:
+                self._with.on_content(self.publisher, News(self.content, (), Verdict.SAME, known.length, self._taken))
+
+    async def _remembered(self, known: Head) -> tuple[Content | None, FeedTree]:
+        """What the copy here says at the head that is known; None: it is damaged, or gone."""
+        try:
+            copy = await self._copies.of(known.core)
+            if await copy.length() >= known.length:
+                part = await copy.read(FeedTree(), known.length)
+                if part.tree.root() == known.root:
+                    content, _ = await asyncio.to_thread(applied, Content(), part.sound().changes)
+                    return content, part.tree
+        except (EngineError, MalformedFeedError, PeerUnreachableError) as error:
+            log.info("the copy of a feed is fetched again", publisher=self.publisher, error=str(error))
+        return None, FeedTree()
+
+    def _told(self) -> None:
+        """It grew, or its connection ended: no reason to shorten a pause."""
+        self._event.set()
+
+    # --- one offer; the lock is held
+
+    async def _consider(self, offer: Offer) -> FeedCopy:
+        """Take what is new, or refuse it; its copy, connected. Raises: TetherError."""
+        head = offer.head
+        verdict = await self._judged(head)
+        if verdict is Verdict.SAME and self.content is not None:
+            copy = await self._copies.of(head.core)
+            await copy.connect(offer.server)
+            return copy
+        if verdict not in {Verdict.SAME, Verdict.UNPROVEN, *TAKEN}:
+            raise await self._refuse(verdict, offer.signed, self.publisher)
+        if head.fork:
+            raise MalformedFeedError("the feed's history was cut off once: its lab has to begin it anew")
+        shown = await self._proven(offer)
+        verdict = judge(self._taken, head, shown.marked, self._with.clock())
+        if shown.tree.root() != head.root:
+            verdict = Verdict.FORKED
+        if verdict is not Verdict.SAME and verdict not in TAKEN:
+            raise await self._refuse(verdict, offer.signed, self.publisher)
+        await self._take(verdict, offer, shown)
+        copy = await self._copies.of(head.core)
+        await copy.connect(offer.server)
+        return copy
+
+    async def _judged(self, head: Head) -> Verdict:
+        """Of two heads of one core the copy here shows whether the longer contains the shorter, where the longer one is known."""
+        verdict = judge(self._taken, head, None, self._with.clock())
+        known = self._taken.known
+        if verdict is not Verdict.ROLLED_BACK or known is None or (head.core, head.fork) != (known.core, known.fork):
+            return verdict
+        try:
+            part = await (await self._copies.of(head.core)).read(FeedTree(), known.length, head.length)
+        except (EngineError, MalformedFeedError, PeerUnreachableError):
+            return verdict
+        return judge(self._taken, head, part.marked, self._with.clock()) if part.tree.root() == known.root else verdict
+
+    async def _proven(self, offer: Offer) -> LogPart:
+        """What the publisher's blocks prove. A copy that does not fit, or go on, says nothing against it: all is fetched beside it.
+
+        Raises: TetherError; PeerUnreachableError: the publisher does not show what it signed.
+        """
+        core, problem = offer.head.core, "it is another history"
+        try:
+            shown = await self._shown(await self._copies.of(core), offer, self._tree if self._goes_on(offer) else FeedTree())
+            if self._fits(shown, offer):
+                return shown
+        except (TimeoutError, EngineError) as error:
+            problem = str(error)
+        log.info("a copy of a feed does not go on: it is fetched again", publisher=self.publisher, error=problem)
+        try:
+            shown = await self._shown(await self._copies.beside(core), offer, FeedTree())
+        except TimeoutError:
+            raise PeerUnreachableError(
+                f"the lab signed that its feed has {offer.head.length} blocks, and does not show them; it is asked again"
+            ) from None
+        if self._fits(shown, offer):
+            await self._copies.replace(core)
+        return shown
+
+    def _goes_on(self, offer: Offer) -> bool:
+        known = self._taken.known
+        return known is not None and known.core == offer.head.core and self.content is not None
+
+    def _fits(self, shown: LogPart, offer: Offer) -> bool:
+        known = self._taken.known
+        contained = known is None or known.core != offer.head.core or shown.marked == known.root
+        return contained and shown.tree.root() == offer.head.root
+
+    async def _shown(self, copy: FeedCopy, offer: Offer, before: FeedTree) -> LogPart:
+        await copy.connect(offer.server)
+        head, known = offer.head, self._taken.known
+        await copy.reach(head.length)
+        return await copy.read(before, head.length, known.length if known is not None and known.core == head.core else None)
+
+    async def _take(self, verdict: Verdict, offer: Offer, shown: LogPart) -> None:
+        """Raises: MalformedFeedError: nothing of it counts; FeedRefusedError."""
+        content, changed, against = await asyncio.to_thread(read, verdict, self.content, shown.sound().changes)
+        if against and self._taken.pardoned != offer.head.core:
+            log.warning("a feed begun anew contradicts what it said before", publisher=self.publisher, against=some(against))
+            raise await self._refuse(Verdict.CONTRADICTS, offer.signed, self.publisher)
+        check_bound(content, await asyncio.to_thread(self._with.bound))
+        if verdict is Verdict.NEW_ERA:
+            log.warning("a lab began its feed anew", publisher=self.publisher, era=offer.head.era)
+        self._taken, self.content, self._tree = self._taken.imported(offer.signed), content, shown.tree
+        await self._copies.close_others(offer.head.core)
+        self._with.on_content(self.publisher, News(content, changed, verdict, offer.head.length, self._taken))
+
+    async def _refuse(self, verdict: Verdict, signed: bytes, seen_from: str) -> FeedRefusedError:
+        """Remembered at once; the error to raise. Raises: StoreError."""
+        await self._load()
+        before = self._taken
+        self._taken = before.refused(verdict, signed, self._with.clock(), seen_from)
+        if self._taken != before:
+            log.warning("a feed was refused", publisher=self.publisher, verdict=verdict.value, seen_from=seen_from)
+        if self._taken.refusal != before.refusal or _is_told(self._taken.rollbacks, before.rollbacks):
+            saved = self._saved or self._taken
+            await self._save(msgspec.structs.replace(saved, refusal=self._taken.refusal, rollbacks=self._taken.rollbacks))
+        try:
+            self._taken.check()
+        except FeedRefusedError as error:
+            return error
+        return FeedRefusedError(_REASONS.get(verdict, "the feed is refused"), verdict.value)
+
+    async def _save(self, state: FeedState) -> None:
+        async with self._saving:
+            self._saved = state
+            await asyncio.to_thread(self._with.states.save, state)
+
+    def _failed(self, error: TetherError) -> None:
+        if self.problem is None or str(self.problem) != str(error):
+            log.warning("nothing new of a feed", publisher=self.publisher, error=str(error))
+        self.problem = error
+
+
+_REASONS = {
+    Verdict.ROLLED_BACK: "the lab shows its feed as it was earlier: it is asked again; if it stays so, it restored a backup",
+    Verdict.AHEAD: "the feed was signed at a time that is yet to come: set the clock of this machine, or the lab its own",
+}
+
+
+def _is_told(rollbacks: int, before: int) -> bool:
+    """Who shows old heads again and again does not get a write to the disk for each."""
+    return rollbacks != before and rollbacks & (rollbacks - 1) == 0

@@ -1,0 +1,294 @@
+"""What peers may call: a scope opens each method before any of the value is read, and each model by its resolved name."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+import orjson
+from blake3 import blake3
+
+from tether.errors import MalformedRequestError, ManagerLeavingError, ServiceUnavailableError, UnknownModelError, UnknownVersionError
+from tether.manager.peering.gateway import Gateway
+from tether.security.access import Access
+from tether.store import Repository
+from tether.swarm.node import PREFIX
+from tether.swarm.rpc import Call, Service
+from tether.types import Digest, ModelRef
+
+__all__ = ["Ask", "Methods"]
+
+_DIGEST_NBYTES: Final = 32
+_MOST_RESOLVED: Final = 4096
+_MOST_WAIT: Final = 30.0
+"""Seconds for which a question about models may stay open: a peer that is gone without a word is forgotten then."""
+_Length: Final = struct.Struct("<I")
+Asked = TypeVar("Asked")
+
+Ask = Callable[..., Awaitable[Any]]
+"""`await ask("models")`: an operation of this manager, acknowledged as for any other caller. Raises the errors of the tree."""
+
+
+class _Named(msgspec.Struct):
+    name: str
+
+
+class _Models(msgspec.Struct):
+    name: str | None = None
+    """One, with all of its versions' inputs and outputs. Else all that the caller sees, or those of these names."""
+    names: set[str] | None = None
+    seen: str = ""
+    """`state` of the answer that the caller has: no other one is given before there is another."""
+    wait: float = 0.0
+    """Seconds for that."""
+
+
+class _Enrol(msgspec.Struct):
+    secret: str
+
+
+class _Manifest(msgspec.Struct):
+    digest: str
+
+
+class _Publish(msgspec.Struct):
+    name: str
+    draft: dict[str, Any]
+
+
+class _Alias(msgspec.Struct):
+    name: str
+    alias: str
+    version: int
+
+
+class _Infer(msgspec.Struct):
+    model_name: str
+    model_version: str = ""
+
+
+class Methods:
+    """Of one lab."""
+
+    def __init__(self, publisher: str, ask: Ask, repository: Repository, access: Access, gateway: Gateway) -> None:
+        """`publisher`: the lab's key, hex."""
+        self.feed: Callable[[], Awaitable[Mapping[str, str]]] = _no_feed
+        """What `feed` answers."""
+        self.on_admitted: Callable[[str], None] = _nothing
+        """Told of a key that may do more, before it is told so itself."""
+        self.have: Callable[[str, bytes], Awaitable[bytes]] = _no_group
+        """Caller, value → what `have` answers."""
+        self.opens: Callable[[str, str], bool] = _nothing_more
+        """Peer, method: what is open to a key by something else than its scopes."""
+        self._publisher, self._ask, self._repository = publisher, ask, repository
+        self._access, self._gateway = access, gateway
+        self._resolved: dict[str, str] = {}
+        self._rows: list[dict[str, Any]] | None = None
+        self._changed = asyncio.Event()
+        self._is_leaving = False
+
+    def service(self) -> Service:
+        """They, for any number of connections."""
+        service = Service(self._authorise)
+        for name, handler in {
+            "enrol": self._enrol,
+            "ping": self._ping,
+            "models": self._models,
+            "manifest": self._manifest,
+            "feed": self._feed,
+            "infer": self._infer,
+            "stage": self._stage,
+            "publish": self._publish,
+            "alias": self._alias,
+            "envelope": self._envelope,
+            "have": self._have,
+        }.items():
+            service.respond(PREFIX + name, handler)
+        return service
+
+    def leave(self) -> None:
+        """Do nothing new: this manager is about to end. Questions that wait for a change are answered now."""
+        self._is_leaving = True
+        self._changed.set()
+
+    def changed(self) -> None:
+        """The catalog is another one: names may mean other models."""
+        self._resolved.clear()
+        self._rows = None
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _authorise(self, peer: str, method: str) -> None:
+        name = method.removeprefix(PREFIX)
+        if not self.opens(peer, name):
+            self._access.check(peer, name)
+        if self._is_leaving:
+            raise ManagerLeavingError("the manager of this lab is about to end and did nothing: call again, the next one answers")
+
+    async def _check(self, call: Call, name: str) -> str:
+        """The model's resolved name, if the caller may call this method for it.
+
+        Raises: UnknownModelError: it may not, or there is none: it is not told which.
+        """
+        resolved = self._resolved.get(name)
+        if resolved is None:
+            ref = ModelRef.parse(name)
+            try:
+                resolved = (await asyncio.to_thread(self._repository.resolve, ref)).name
+            except UnknownModelError:
+                resolved = _url_name(ref)
+            else:
+                self._remember(name, resolved)
+        self._access.check(call.peer, call.method.removeprefix(PREFIX), resolved)
+        return resolved
+
+    def _remember(self, name: str, resolved: str) -> None:
+        if len(self._resolved) >= _MOST_RESOLVED:
+            self._resolved.clear()
+        self._resolved[name] = resolved
+
+    # --- who, and whether
+
+    async def _enrol(self, call: Call, value: bytes) -> bytes:
+        admitted = await self._ask("enrol", secret=_asked(value, _Enrol).secret, peer=call.peer)
+        self.on_admitted(call.peer)
+        return orjson.dumps(admitted)
+
+    async def _ping(self, call: Call, _: bytes) -> bytes:
+        seen = await self._seen(call)
+        return orjson.dumps({"publisher": self._publisher, "time": time.time(), "models": len(seen), "serves": self._gateway.is_there})
+
+    # --- what there is
+
+    async def _models(self, call: Call, value: bytes) -> bytes:
+        asked = _asked(value, _Models)
+        if asked.name is not None:
+            return orjson.dumps({"model": await self._ask("model", name=await self._check(call, asked.name))})
+        end = asyncio.get_running_loop().time() + min(asked.wait, _MOST_WAIT)
+        while True:
+            changed = self._changed
+            rows = [row for row in await self._seen(call) if asked.names is None or row["name"] in asked.names]
+            state = blake3(orjson.dumps(rows)).hexdigest(8)
+            if state != asked.seen or self._is_leaving or not await _within(changed, end):
+                return orjson.dumps({"models": rows, "state": state})
+
+    async def _seen(self, call: Call) -> list[dict[str, Any]]:
+        changed, rows = self._changed, self._rows
+        if rows is None:
+            rows = await self._ask("models")
+            if changed is self._changed:
+                self._rows = rows
+        return [row for row in rows if self._access.may(call.peer, "models", row["name"])]
+
+    async def _manifest(self, call: Call, value: bytes) -> bytes:
+        """As it was signed. Whether there is a version that the caller may not have is not told."""
+        digest = Digest(_asked(value, _Manifest).digest)
+        names = [version.name for version in await asyncio.to_thread(self._repository.versions_of, digest)]
+        name = next((name for name in names if self._access.may(call.peer, "manifest", name)), None)
+        if name is None:
+            raise UnknownVersionError("there is no version with this digest that this key may have")
+        return orjson.dumps(await self._ask("signed_manifest", digest=digest) | {"name": name})
+
+    async def _envelope(self, call: Call, value: bytes) -> bytes:
+        """The keys of an encrypted model, which the caller alone can open."""
+        return orjson.dumps(await self._ask("envelope", peer=call.peer, name=_asked(value, _Named).name))
+
+    async def _feed(self, _: Call, __: bytes) -> bytes:
+        return orjson.dumps(await self.feed())
+
+    async def _have(self, call: Call, value: bytes) -> bytes:
+        """What this lab has of one publisher's models, to labs that hold copies of them too: see `group_view`."""
+        return await self.have(call.peer, value)
+
+    # --- running
+
+    async def _infer(self, call: Call, value: bytes) -> bytes:
+        header_nbytes, body = _parted(value)
+        try:
+            asked = msgspec.json.decode(memoryview(body)[:header_nbytes], type=_Infer)
+        except msgspec.DecodeError as error:
+            raise MalformedRequestError(f"infer: the JSON is no inference request with a model_name: {error}") from None
+        ref = ModelRef.parse(asked.model_name)
+        await self._check(call, _url_name(ref))
+        name = f"{_url_name(ref)}@{ref.alias}" if ref.alias else _url_name(ref)
+        version = asked.model_version or ("" if ref.version is None else str(ref.version))
+        if ref.sha is not None:
+            version = str((await asyncio.to_thread(self._repository.resolve, ref)).version)
+        seconds = None if call.deadline is None else call.deadline - asyncio.get_running_loop().time()
+        answer, nbytes = await self._gateway.infer(name, version, body, header_nbytes, seconds)
+        return _Length.pack(nbytes) + answer
+
+    # --- publishing
+
+    async def _stage(self, _: Call, value: bytes) -> bytes:
+        digest, data = value[:_DIGEST_NBYTES], value[_DIGEST_NBYTES:]
+        if len(digest) < _DIGEST_NBYTES:
+            raise MalformedRequestError("stage: the value is a digest of 32 bytes and the blob behind it")
+        staged = await self._ask("put_blob", digest=digest.hex(), data=data)
+        return orjson.dumps({"nbytes": staged["nbytes"]})
+
+    async def _publish(self, call: Call, value: bytes) -> bytes:
+        asked = _asked(value, _Publish)
+        self._access.check(call.peer, "publish", asked.name)  # a version is made under the lab's own name: there is nothing to resolve
+        published = await self._ask("publish", name=asked.name, draft=asked.draft, peer=call.peer)
+        self.changed()  # the caller looks for it at once
+        return orjson.dumps(published, default=str)
+
+    async def _alias(self, call: Call, value: bytes) -> bytes:
+        asked = _asked(value, _Alias)
+        name = await self._check(call, asked.name)
+        moved = await self._ask("set_alias", name=name, alias=asked.alias, version=asked.version)
+        self.changed()
+        return orjson.dumps(moved)
+
+
+async def _within(event: asyncio.Event, end: float) -> bool:
+    """Whether it came before the loop's clock says `end`."""
+    try:
+        async with asyncio.timeout_at(end):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _no_group(_: str, __: bytes) -> bytes:
+    raise ServiceUnavailableError("this lab has no list of what it has now: ask again later")
+
+
+def _nothing_more(_: str, __: str) -> bool:
+    return False
+
+
+async def _no_feed() -> Mapping[str, str]:
+    raise ServiceUnavailableError("this lab has no feed now: ask again later")
+
+
+def _nothing(_: str) -> None:
+    pass
+
+
+def _asked(value: bytes, kind: type[Asked]) -> Asked:
+    """Raises: MalformedRequestError."""
+    try:
+        return msgspec.json.decode(value or b"{}", type=kind)
+    except msgspec.DecodeError as error:
+        raise MalformedRequestError(f"the value is not what this method takes: {error}") from None
+
+
+def _parted(value: bytes) -> tuple[int, bytes]:
+    """Of `u32 length | JSON | tensors` the length, and all behind it. Raises: MalformedRequestError."""
+    if len(value) < _Length.size:
+        raise MalformedRequestError("infer: the value is a length of four bytes, JSON of that length, and tensors")
+    (nbytes,) = _Length.unpack_from(value)
+    if not 0 < nbytes <= len(value) - _Length.size:
+        raise MalformedRequestError(f"infer: {nbytes} bytes of JSON were announced, {len(value) - _Length.size} bytes came")
+    return nbytes, value[_Length.size :]
+
+
+def _url_name(ref: ModelRef) -> str:
+    return f"{ref.publisher}~{ref.name}" if ref.publisher else ref.name
