@@ -43,6 +43,23 @@ async def lab(tmp_path):
         lab.operations.close()
 
 
+async def test_a_failure_that_nobody_foresaw_is_logged_and_the_next_look_is_made(lab, monkeypatch):
+    monkeypatch.setattr("tether.manager.peering.peering._REST", 0.01)
+    looks = []
+
+    def look():
+        looks.append(1)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(lab.peering, "_is_wanted", look)
+    running = asyncio.create_task(lab.peering.run(lambda: True))
+    async with asyncio.timeout(10):
+        while len(looks) < 3:  # noqa: ASYNC110 (it is told to nobody)
+            await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_nobody_was_let_in_and_that_is_read_once(lab):
     assert not lab.is_wanted()
     reads = lab.reads

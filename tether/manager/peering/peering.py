@@ -104,6 +104,9 @@ class Peering:
                 except TetherError as error:
                     log.warning("not on the swarm: other labs can't reach this one", error=str(error), code=error.code)
                     pause = _REST
+                except Exception:  # a bug of ours must not keep the lab away for good
+                    log.exception("not on the swarm: other labs can't reach this one")
+                    pause = _REST
                 await self._signal.within(event, pause)
         finally:
             await self._leave()
