@@ -346,7 +346,10 @@ class Engine:
             self._host.listen(server, _unused, firewall)
 
     async def close(self) -> None:
-        """Cut its streams, take back what it announced, close its sockets. A second call does nothing."""
+        """Cut its streams, take back that it listens, close its sockets. A second call does nothing.
+
+        Topics that it announced stay with the nodes that keep them, for twenty minutes.
+        """
         if self._closed:
             return
         self._closed = True

@@ -211,7 +211,10 @@ class Node:
                     await asyncio.sleep(_AGAIN / 10)
 
     async def aclose(self) -> None:
-        """Leave: connections are closed in order, announcements taken back. A second call does nothing."""
+        """Leave: connections are closed in order, its key is announced no more. A second call does nothing.
+
+        Topics and the record stay with the nodes that keep them, until these forget them.
+        """
         for task in (self._watching, self._listening):
             task.cancel()
         await asyncio.gather(self._watching, self._listening, return_exceptions=True)
