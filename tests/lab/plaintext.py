@@ -41,8 +41,8 @@ class Plaintext:
     def found_in(self, *folders, spare=()):
         """The files below the folders that hold some of it, and how much; `spare`: folders that are not looked into."""
         hits = {}
-        for path in (path for folder in folders for path in Path(folder).rglob("*")):
-            if path.is_symlink() or not path.is_file() or any(Path(other) in path.parents for other in spare):
+        for path in (path for folder in folders for path in files_below(folder)):
+            if any(Path(other) in path.parents for other in spare):
                 continue
             try:
                 count = self.hits(path.read_bytes())
@@ -54,7 +54,13 @@ class Plaintext:
 
     def found_in_names(self, *folders):
         """Whether a window is a part of a path."""
-        return [path for folder in folders for path in Path(folder).rglob("*") if self.hits(os.fsencode(path))]
+        return [path for folder in folders for path in files_below(folder) if self.hits(os.fsencode(path))]
+
+
+def files_below(folder):
+    """The plain files there. Not by `rglob`, which on Python 3.11 raises for a folder that goes while it looks."""
+    paths = (Path(base) / name for base, _, names in os.walk(folder) for name in names)
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def _windows(content):

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from nacl.signing import SigningKey
 from onnx import TensorProto, helper, numpy_helper
-from plaintext import Plaintext
+from plaintext import Plaintext, files_below
 
 import tether
 from tether import errors
@@ -86,7 +86,7 @@ def places(tmp_path, monkeypatch):
 
 def plain_files(memory):
     """What lies in memory, without the locks."""
-    return [path for path in memory.rglob("*") if path.is_file() and path.name != "lock" and path.suffix != ".owner"]
+    return [path for path in files_below(memory) if path.name != "lock" and path.suffix != ".owner"]
 
 
 @pytest.mark.chaos
@@ -127,7 +127,7 @@ def test_row_21_plaintext_is_in_memory_only_and_gone_with_the_model(places, tmp_
     assert plain_files(memory) == []
     assert found_on_disk() == ({}, [])
     assert not any(plaintext.hits(path.read_bytes()) for path in set(SHARED.iterdir()) - shared - {memory} if path.is_file())
-    nbytes = sum(path.stat().st_size for path in (tmp_path / "data").rglob("*") if path.is_file())
+    nbytes = sum(path.stat().st_size for path in files_below(tmp_path / "data"))
     measured(f"row 21: {plaintext.count} windows of plaintext, none in {nbytes / 1e6:.1f} MB of data folder, logs and temporary files")
     chaos.record(21, f"{plaintext.count} windows, 0 hits in {nbytes / 1e6:.0f} MB", time.monotonic() - begun)
 
