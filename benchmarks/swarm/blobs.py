@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from tether.ports import SignedManifest
-from tether.swarm.blobs import BlobConnection, Kind
+from tether.swarm.blobs.blobs import BlobConnection, Kind
 from tether.testing.streams import stream_pair
 from tether.types import Digest
 

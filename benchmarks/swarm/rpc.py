@@ -9,7 +9,7 @@ import pstats
 import statistics
 import time
 
-from tether.swarm.rpc import Call, RpcConnection, Service
+from tether.swarm.rpc.rpc import Call, RpcConnection, Service
 from tether.testing.streams import INITIATOR, RESPONDER, stream_pair
 
 

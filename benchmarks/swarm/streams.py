@@ -44,7 +44,7 @@ stream.once('open', () => {
 
 async def serve(bootstrap: list[tuple[str, int]], keep_seconds: float) -> None:
     """Count what comes on each stream."""
-    from tether.swarm.engine import Engine, EngineSettings
+    from tether.swarm.engine.engine import Engine, EngineSettings
 
     node = await Engine.start(os.urandom(32), EngineSettings(bootstrap=bootstrap))
     await node.ready()
@@ -69,7 +69,7 @@ async def serve(bootstrap: list[tuple[str, int]], keep_seconds: float) -> None:
 
 async def send(bootstrap: list[tuple[str, int]], key: str, seconds: float) -> dict[str, float]:
     """As fast as the stream takes it."""
-    from tether.swarm.engine import Engine, EngineSettings
+    from tether.swarm.engine.engine import Engine, EngineSettings
 
     node = await Engine.start(os.urandom(32), EngineSettings(bootstrap=bootstrap))
     stream = await node.connect(bytes.fromhex(key))

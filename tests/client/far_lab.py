@@ -16,8 +16,8 @@ from tether.security.addresses import Address, Link
 from tether.security.identity import Identity
 from tether.security.scopes import Scope
 from tether.store import Repository
-from tether.swarm import local
-from tether.swarm.rpc import RpcConnection
+from tether.swarm.rpc.rpc import RpcConnection
+from tether.swarm.wire import local
 from tether.testing.streams import stream_pair
 from tether.types import Digest
 

@@ -18,8 +18,8 @@ from tether.security.access_file import AccessFile
 from tether.security.identity import Identity
 from tether.security.scopes import Scope
 from tether.store import Manifest, Repository, digest_of, encode, signed_message
-from tether.swarm.blobs import BlobConnection
-from tether.swarm.feed_entries import Content
+from tether.swarm.blobs.blobs import BlobConnection
+from tether.swarm.feeds.entries import Content
 from tether.testing.streams import stream_pair
 from tether.types import ModelInfo
 from tether.wire.npz import to_npz

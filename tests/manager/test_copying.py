@@ -17,7 +17,7 @@ from tether.security.access import Access
 from tether.security.access_file import AccessFile
 from tether.security.identity import Identity
 from tether.security.scopes import Scope
-from tether.swarm.feed_entries import Change, Content, FeedModel, FeedVersion, applied, entries
+from tether.swarm.feeds.entries import Change, Content, FeedModel, FeedVersion, applied, entries
 from tether.types import Digest
 
 HERS, HIS, THEIRS, STRANGER = (Identity(bytes([number]) * 32).public for number in (1, 2, 3, 4))

@@ -31,9 +31,9 @@ from tether.manager.peering.door import Door
 from tether.security.addresses import Address, Link, Secret
 from tether.security.identity import Identity
 from tether.store import FILES, Repository
-from tether.swarm import local
-from tether.swarm.local import THIS_USER
-from tether.swarm.rpc import RpcConnection
+from tether.swarm.rpc.rpc import RpcConnection
+from tether.swarm.wire import local
+from tether.swarm.wire.local import THIS_USER
 from tether.wire.heads import joined, parted
 
 LAB, OTHER = Identity(bytes([1]) * 32), Identity(bytes([2]) * 32)

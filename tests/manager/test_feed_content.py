@@ -7,7 +7,7 @@ from tether.ports import SignedManifest
 from tether.security.identity import Identity
 from tether.store import Manifest, Repository, encode, signed_message
 from tether.store.index.mirror_tables import CatalogState
-from tether.swarm.feed_entries import Change, Content, applied, changes, entries
+from tether.swarm.feeds.entries import Change, Content, applied, changes, entries
 from tether.types import ModelInfo, ModelRef
 
 LAB, ME = Identity(bytes(range(32))), Identity(bytes([7]) * 32)

@@ -9,9 +9,9 @@ from tether.errors import MalformedFeedError, StoreError
 from tether.manager.peering.feed_memory import FeedMemory, begun, load_memory, save_memory
 from tether.manager.peering.feed_reading import check_bound, parse_offer, read
 from tether.security.identity import Identity
-from tether.swarm.feed_entries import Change, Content, FeedModel, FeedVersion, changes, entries
-from tether.swarm.feed_heads import Head, sign_head
-from tether.swarm.feed_state import Verdict
+from tether.swarm.feeds.entries import Change, Content, FeedModel, FeedVersion, changes, entries
+from tether.swarm.feeds.heads import Head, sign_head
+from tether.swarm.feeds.state import Verdict
 
 LAB, OTHER = Identity(bytes(range(32))), Identity(bytes([7]) * 32)
 HEAD = Head(LAB.public, "c0" * 32, 1_800_000_000, 5, 0, "ab" * 32, 1_800_000_000, 1_800_000_100)

@@ -19,8 +19,8 @@ from tether.manager.peering.members import Members
 from tether.manager.peering.replication import Policy
 from tether.manager.peering.shelf import RepositoryShelf
 from tether.manager.peering.subscriptions import Subscription
-from tether.swarm.feed_entries import Content
-from tether.swarm.feed_state import FeedState, FeedStates, Verdict
+from tether.swarm.feeds.entries import Content
+from tether.swarm.feeds.state import FeedState, FeedStates, Verdict
 from tether.types import ModelInfo
 
 CODE = ModelInfo("torch", "pt2", (), (), batched=False, pure=True, code=True)

@@ -15,9 +15,9 @@ from tether.manager.peering.keeping import Kept, Surroundings
 from tether.manager.peering.listing import content_of_rows
 from tether.manager.peering.methods import Methods
 from tether.manager.peering.subscriptions import EVERYTHING, Subscription, Subscriptions
-from tether.swarm.feed_state import FeedStates
-from tether.swarm.node import PREFIX
-from tether.swarm.rpc import RpcConnection
+from tether.swarm.feeds.state import FeedStates
+from tether.swarm.node.node import PREFIX
+from tether.swarm.rpc.rpc import RpcConnection
 from tether.testing.streams import stream_pair
 from tether.types import ModelInfo
 

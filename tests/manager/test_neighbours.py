@@ -11,9 +11,9 @@ from tether.manager.peering.neighbours import Neighbours
 from tether.security.access import Access
 from tether.security.access_file import AccessFile
 from tether.security.identity import Identity
-from tether.swarm.records import Capabilities, Held, sign, topic
-from tether.swarm.rpc import Service
-from tether.swarm.standing import Standing
+from tether.swarm.node.standing import Standing
+from tether.swarm.records.records import Capabilities, Held, sign, topic
+from tether.swarm.rpc.rpc import Service
 from tether.testing.memory_dht import sign_record
 from tether.testing.memory_swarm import MemorySwarm
 from tether.types import Digest

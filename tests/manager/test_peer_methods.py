@@ -28,8 +28,8 @@ from tether.manager.peering.methods import Methods
 from tether.security.identity import Identity
 from tether.security.scopes import Scope
 from tether.store import FILES, Repository, digest_of
-from tether.swarm.node import PREFIX
-from tether.swarm.rpc import RpcConnection
+from tether.swarm.node.node import PREFIX
+from tether.swarm.rpc.rpc import RpcConnection
 from tether.testing.streams import stream_pair
 from tether.types import ModelRef
 

@@ -13,8 +13,8 @@ from tether.manager.peering import shelf as shelf_module
 from tether.manager.peering.shelf import RepositoryShelf
 from tether.security.scopes import Scope
 from tether.store import Manifest, encode, signed_message
-from tether.swarm.blob_frames import bits
-from tether.swarm.blobs import BlobConnection, Kind
+from tether.swarm.blobs.blobs import BlobConnection, Kind
+from tether.swarm.blobs.frames import bits
 from tether.testing.blob_sources import BlobSourceSuite
 from tether.testing.streams import stream_pair
 

@@ -26,7 +26,7 @@ from tether.manager.peering.pulling import Wish
 from tether.security.volatile import SETTING
 from tether.store import Manifest, signed_message
 from tether.store.format.encrypted import ModelContext
-from tether.swarm.feed_entries import Content
+from tether.swarm.feeds.entries import Content
 from tether.types import ModelInfo, ModelRef
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tether.manager.peering.reachability import judged
-from tether.swarm.engine import NodeStatus
+from tether.swarm.engine.engine import NodeStatus
 
 SEEN = NodeStatus(
     address=("198.51.100.7", 4000),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tether.manager.peering.sources import Sources
-from tether.swarm.bandwidth import TokenBucket
+from tether.swarm.wire.bandwidth import TokenBucket
 
 BLOB = 4 << 20
 ME = "me"

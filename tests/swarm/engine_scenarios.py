@@ -14,10 +14,10 @@ from typing import Any
 import structlog
 
 from tether.errors import TetherError
-from tether.swarm import engine as engine_module
-from tether.swarm.engine import Engine, EngineSettings
-from tether.swarm.hyperbee import Hyperbee, serve
-from tether.swarm.secure import SecureStream, StreamLimits
+from tether.swarm.engine import engine as engine_module
+from tether.swarm.engine.engine import Engine, EngineSettings
+from tether.swarm.engine.secure import SecureStream, StreamLimits
+from tether.swarm.feeds.hyperbee import Hyperbee, serve
 
 SECONDS = 10
 

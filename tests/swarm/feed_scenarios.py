@@ -25,13 +25,14 @@ from tether.manager.peering.feed_memory import load_memory, save_memory
 from tether.manager.peering.feeds import FollowedFeed, Following, News, OwnFeed
 from tether.security.identity import Identity
 from tether.store import Manifest, Repository, encode, signed_message
-from tether.swarm import feed_entries, feed_log
-from tether.swarm.engine import Engine
-from tether.swarm.feed_entries import Content, FeedModel
-from tether.swarm.feed_heads import Head, parse_head, sign_head
-from tether.swarm.feed_state import FeedStates, Verdict
-from tether.swarm.feed_tree import FeedTree
-from tether.swarm.hyperbee import Hyperbee
+from tether.swarm.engine.engine import Engine
+from tether.swarm.feeds import entries as feed_entries
+from tether.swarm.feeds import log as feed_log
+from tether.swarm.feeds.entries import Content, FeedModel
+from tether.swarm.feeds.heads import Head, parse_head, sign_head
+from tether.swarm.feeds.hyperbee import Hyperbee
+from tether.swarm.feeds.state import FeedStates, Verdict
+from tether.swarm.feeds.tree import FeedTree
 from tether.types import ModelInfo
 
 SECONDS = 10

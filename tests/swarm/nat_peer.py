@@ -17,10 +17,10 @@ import structlog
 
 from tether.errors import TetherError
 from tether.store.format.manifest import digest_of
-from tether.swarm.blobs import BlobConnection
-from tether.swarm.engine import Engine, EngineSettings
-from tether.swarm.relay import Relay, RelayLimits
-from tether.swarm.secure import SecureStream
+from tether.swarm.blobs.blobs import BlobConnection
+from tether.swarm.engine.engine import Engine, EngineSettings
+from tether.swarm.engine.secure import SecureStream
+from tether.swarm.relaying.relay import Relay, RelayLimits
 from tether.swarm.udx import Udx, UdxStream
 from tether.types import Digest
 

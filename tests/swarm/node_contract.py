@@ -9,8 +9,8 @@ import traceback
 from engine_scenarios import main
 from node_scenarios import quiet
 
-from tether.swarm.engine import EngineSettings
-from tether.swarm.node import Node
+from tether.swarm.engine.engine import EngineSettings
+from tether.swarm.node.node import Node
 from tether.testing.node_labs import making
 from tether.testing.nodes import GROUPS
 

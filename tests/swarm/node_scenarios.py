@@ -12,10 +12,10 @@ from engine_scenarios import SECONDS, engine, failure, ignore, main, say, told
 from nacl.signing import SigningKey
 
 from tether.errors import ForbiddenError, TetherError
-from tether.swarm.engine import EngineSettings
-from tether.swarm.node import ConnectionLimits, Node, NodeSettings, Standing
-from tether.swarm.rpc import Call, Service
-from tether.swarm.secure import StreamLimits
+from tether.swarm.engine.engine import EngineSettings
+from tether.swarm.engine.secure import StreamLimits
+from tether.swarm.node.node import ConnectionLimits, Node, NodeSettings, Standing
+from tether.swarm.rpc.rpc import Call, Service
 
 HOST = "127.0.0.1"
 BLOB = bytes(range(256)) * 1000

@@ -3,7 +3,7 @@
 import pytest
 
 from tether.errors import ConfigError
-from tether.swarm.bandwidth import TokenBucket
+from tether.swarm.wire.bandwidth import TokenBucket
 
 
 @pytest.mark.parametrize("rate", [0, 0.0, -5, float("nan")])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tether.errors import ForbiddenError, PeerFailedError, ProtocolError, ServiceUnavailableError, UnavailableError
 from tether.ports import SignedManifest
-from tether.swarm.bandwidth import TokenBucket
-from tether.swarm.blob_frames import (
+from tether.swarm.blobs.blobs import AskingLimits, BlobConnection, GivingLimits
+from tether.swarm.blobs.frames import (
     Kind,
     bits,
     encode_absent,
@@ -30,8 +30,8 @@ from tether.swarm.blob_frames import (
     read_frame,
     read_manifest,
 )
-from tether.swarm.blobs import AskingLimits, BlobConnection, GivingLimits
-from tether.swarm.pieces import PIECE_NBYTES, Body, pieces
+from tether.swarm.wire.bandwidth import TokenBucket
+from tether.swarm.wire.pieces import PIECE_NBYTES, Body, pieces
 from tether.testing.streams import INITIATOR, RESPONDER, stream_pair
 
 PATIENCE = 10.0
@@ -532,7 +532,7 @@ class TestStrangers:
         await until(lambda: not shelf.reading)
 
     async def test_a_stream_that_stays_silent_is_closed(self, monkeypatch):
-        monkeypatch.setattr("tether.swarm.blobs._HELLO_PATIENCE", 0.02)
+        monkeypatch.setattr("tether.swarm.blobs.blobs._HELLO_PATIENCE", 0.02)
         stranger = Stranger(greets=False)
         await stranger.is_cut_for(asyncio.create_task(stranger.connection.blob("0" * 64)), "said nothing")
 

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from tether.errors import ChunkAlteredError, ChunkMissingError
 from tether.store.replicas.held import Held
-from tether.swarm.blobs import BlobConnection
+from tether.swarm.blobs.blobs import BlobConnection
 from tether.testing.blob_sources import BlobSourceSuite
 from tether.testing.streams import stream_pair
 

@@ -13,10 +13,10 @@ from tether.errors import (
     QueueFullError,
     ServiceUnavailableError,
 )
-from tether.swarm.blobs import BlobConnection
-from tether.swarm.connections import Connections
-from tether.swarm.rpc import RpcConnection, Service
-from tether.swarm.standing import ConnectionLimits, OwnSide, Standing
+from tether.swarm.blobs.blobs import BlobConnection
+from tether.swarm.node.connections import Connections
+from tether.swarm.node.standing import ConnectionLimits, OwnSide, Standing
+from tether.swarm.rpc.rpc import RpcConnection, Service
 from tether.testing.streams import stream_pair
 
 OWN = "11" * 32

@@ -6,9 +6,9 @@ import pytest
 import structlog
 
 from tether.errors import PeerUnreachableError, ServiceUnavailableError
-from tether.swarm.connections import Connections
-from tether.swarm.rpc import RpcConnection, Service
-from tether.swarm.standing import ConnectionLimits, OwnSide, Standing
+from tether.swarm.node.connections import Connections
+from tether.swarm.node.standing import ConnectionLimits, OwnSide, Standing
+from tether.swarm.rpc.rpc import RpcConnection, Service
 from tether.testing.streams import MemoryStream
 
 OWN, PEER = "11" * 32, "22" * 32

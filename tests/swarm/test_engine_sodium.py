@@ -6,8 +6,8 @@ import os
 import pytest
 from nacl import bindings
 
-from tether.swarm.bridge import FAILED, OK, Memory
-from tether.swarm.sodium import Sodium
+from tether.swarm.engine.bridge import FAILED, OK, Memory
+from tether.swarm.engine.sodium import Sodium
 
 CONTROL_AND_RINGS = 4096 + 2 * ((16 << 20) + (64 << 10))
 

@@ -8,7 +8,7 @@ import pytest
 from nacl import bindings
 
 from tether.errors import PayloadTooLargeError, ProtocolError, StreamLostError
-from tether.swarm.secure import MAX_MESSAGE, Keys, SecureStream, StreamLimits
+from tether.swarm.engine.secure import MAX_MESSAGE, Keys, SecureStream, StreamLimits
 from tether.swarm.udx import Udx, UdxStream
 
 SECONDS = 10

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tether.errors import FeedRefusedError, MalformedFeedError, StoreError
 from tether.security.identity import Identity
-from tether.swarm import feed_entries
-from tether.swarm.feed_entries import (
+from tether.swarm.feeds import entries as feed_entries
+from tether.swarm.feeds.entries import (
     MAX_VALUE_NBYTES,
     Change,
     Content,
@@ -26,9 +26,9 @@ from tether.swarm.feed_entries import (
     renewed,
     sayable_aliases,
 )
-from tether.swarm.feed_heads import Head, parse_head, sign_head
-from tether.swarm.feed_state import FATAL, TAKEN, FeedState, FeedStates, Verdict, judge
-from tether.swarm.records import SKEW
+from tether.swarm.feeds.heads import Head, parse_head, sign_head
+from tether.swarm.feeds.state import FATAL, TAKEN, FeedState, FeedStates, Verdict, judge
+from tether.swarm.records.records import SKEW
 
 LAB, THIEF, PEER = (Identity(bytes([number]) * 32) for number in range(1, 4))
 CORE = "c0" * 32

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tether.errors import MalformedFeedError
-from tether.swarm.feed_tree import FeedTree, parse_block
+from tether.swarm.feeds.tree import FeedTree, parse_block
 
 ROOTS = [
     "bb30a42c1e62f0afda5f0a4e8a562f7a13a24cea00ee81917b86b89e801314aa",

@@ -11,9 +11,9 @@ import pytest
 import uvloop
 
 from tether.errors import ConfigError, ForbiddenError, PayloadTooLargeError, ProtocolError, ServiceUnavailableError, StreamLostError
-from tether.swarm import local
-from tether.swarm.local import MAX_MESSAGE, THIS_USER, LocalStream
-from tether.swarm.rpc import RpcConnection, RpcLimits, Service
+from tether.swarm.rpc.rpc import RpcConnection, RpcLimits, Service
+from tether.swarm.wire import local
+from tether.swarm.wire.local import MAX_MESSAGE, THIS_USER, LocalStream
 from tether.testing.streams import stream_pair
 
 SECONDS = 10
@@ -306,7 +306,7 @@ async def test_a_process_of_another_user_is_refused_on_both_sides(tmp_path, monk
 
 TALK = """
 import asyncio, sys
-from tether.swarm import local
+from tether.swarm.wire import local
 async def main():
     stream = await local.connect(sys.argv[1])
     stream.start(lambda message: stream.send(message), lambda: None, lambda _: None)

@@ -16,10 +16,10 @@ from tether.errors import (
     UnsupportedError,
 )
 from tether.security.identity import Identity
-from tether.swarm.connections import Connections
-from tether.swarm.engine import EngineSettings
-from tether.swarm.node import ConnectionLimits
-from tether.swarm.secure import StreamLimits
+from tether.swarm.engine.engine import EngineSettings
+from tether.swarm.engine.secure import StreamLimits
+from tether.swarm.node.connections import Connections
+from tether.swarm.node.node import ConnectionLimits
 from tether.testing import nodes
 from tether.testing.memory_dht import MemoryDht, sign_record
 from tether.testing.memory_lines import LineStream

@@ -6,9 +6,9 @@ import hashlib
 import pytest
 
 from tether.errors import DeadlineExceededError, ManagerLeavingError, PeerNotFoundError, ServiceUnavailableError, StreamLostError
-from tether.swarm.node import NodeSettings
-from tether.swarm.rpc import Service
-from tether.swarm.standing import ConnectionLimits, Standing
+from tether.swarm.node.node import NodeSettings
+from tether.swarm.node.standing import ConnectionLimits, Standing
+from tether.swarm.rpc.rpc import Service
 from tether.testing.memory_swarm import MemorySwarm
 
 PATIENCE = 10.0

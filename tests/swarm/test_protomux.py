@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tether.errors import InternalError, ProtocolError
-from tether.swarm.compact import MAX_UINT, buffer, read_buffer, read_string, read_uint, string, uint
-from tether.swarm.protomux import Asked, Closed, MuxLimits, Opened, Protomux, Received
+from tether.swarm.wire.compact import MAX_UINT, buffer, read_buffer, read_string, read_uint, string, uint
+from tether.swarm.wire.protomux import Asked, Closed, MuxLimits, Opened, Protomux, Received
 
 
 def receive(mux, *frames):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tether.errors import MalformedRecordError
 from tether.security.identity import Identity
-from tether.swarm import records
-from tether.swarm.peer_book import _BURST, MOST, PeerBook, Verdict
-from tether.swarm.records import (
+from tether.swarm.records import records
+from tether.swarm.records.peer_book import _BURST, MOST, PeerBook, Verdict
+from tether.swarm.records.records import (
     LIFETIME,
     MAX_LIFETIME,
     MAX_NBYTES,

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from tether.errors import ProtocolError, QueueFullError
-from tether.swarm.line import Line
-from tether.swarm.protomux import Received
-from tether.swarm.relay import Relay, is_relaying
-from tether.swarm.relay_pairs import PROTOCOL, End, Pairs, RelayLimits, Wish, pair_message, read_pair, read_unpair
+from tether.swarm.relaying.pairs import PROTOCOL, End, Pairs, RelayLimits, Wish, pair_message, read_pair, read_unpair
+from tether.swarm.relaying.relay import Relay, is_relaying
 from tether.swarm.udx import Udx, UdxStream
+from tether.swarm.wire.line import Line
+from tether.swarm.wire.protomux import Received
 
 TOKEN, OTHER = bytes(range(32)), bytes(32)
 ANNA, BERT, CORA = "aa" * 32, "bb" * 32, "cc" * 32

@@ -22,10 +22,10 @@ from tether.errors import (
     UnknownMethodError,
     UnknownModelError,
 )
-from tether.swarm.compact import buffer, string, uint
-from tether.swarm.protomux import Protomux
-from tether.swarm.rpc import RpcConnection, RpcLimits, Service
-from tether.swarm.rpc_messages import CALLS, PROTOCOL, CallMessage, encode_call
+from tether.swarm.rpc.messages import CALLS, PROTOCOL, CallMessage, encode_call
+from tether.swarm.rpc.rpc import RpcConnection, RpcLimits, Service
+from tether.swarm.wire.compact import buffer, string, uint
+from tether.swarm.wire.protomux import Protomux
 from tether.testing.streams import INITIATOR, RESPONDER, stream_pair
 
 PATIENCE = 10.0

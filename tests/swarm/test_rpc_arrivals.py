@@ -6,9 +6,9 @@ import pytest
 import structlog
 
 from tether.errors import ProtocolError, ServiceUnavailableError
-from tether.swarm.arrivals import purpose_of
-from tether.swarm.blobs import BlobConnection
-from tether.swarm.rpc import RpcConnection, Service
+from tether.swarm.blobs.blobs import BlobConnection
+from tether.swarm.node.arrivals import purpose_of
+from tether.swarm.rpc.rpc import RpcConnection, Service
 from tether.testing.streams import INITIATOR, RESPONDER, stream_pair
 
 

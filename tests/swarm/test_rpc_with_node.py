@@ -17,7 +17,7 @@ from tether.errors import (
     UnknownMethodError,
     UnknownModelError,
 )
-from tether.swarm.rpc import RpcConnection, RpcLimits, Service
+from tether.swarm.rpc.rpc import RpcConnection, RpcLimits, Service
 from tether.testing.requirements import needs
 
 pytestmark = [pytest.mark.swarm, needs("node"), needs("npm")]

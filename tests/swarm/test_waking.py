@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.swarm.waking import Deed, Look, Waking
-from tether.swarm.weight import Scales
+from tether.swarm.node.waking import Deed, Look, Waking
+from tether.swarm.node.weight import Scales
 
 PATIENCE = 25.0
 HOME = "192.0.2.7"

@@ -12,8 +12,8 @@ from tether.client.starting import start_manager
 from tether.config import DataFolder
 from tether.errors import DeadlineExceededError, ManagerLeavingError, RemoteError, ServiceUnavailableError, StreamLostError, TetherError
 from tether.manager.locks import is_locked
-from tether.swarm.local import THIS_USER, connect
-from tether.swarm.rpc import RpcConnection
+from tether.swarm.rpc.rpc import RpcConnection
+from tether.swarm.wire.local import THIS_USER, connect
 
 __all__ = ["OwnManager", "dismiss"]
 

@@ -14,7 +14,7 @@ from tether.manager.operations import Operations
 from tether.manager.peering.door import Door
 from tether.manager.peering.peering import Peering
 from tether.manager.settings import ManagerSettings
-from tether.swarm.local import serve
+from tether.swarm.wire.local import serve
 
 __all__ = ["Standing", "entrance"]
 

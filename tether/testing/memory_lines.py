@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tether.errors import ProtocolError, StreamLostError
-from tether.swarm.secure import MAX_MESSAGE, Route
+from tether.swarm.engine.secure import MAX_MESSAGE, Route
 from tether.testing.streams import MemoryStream
 
 __all__ = ["Line", "LineStream", "line_pair"]

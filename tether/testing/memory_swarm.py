@@ -14,14 +14,14 @@ from typing import Self, cast
 
 from tether.errors import EngineClosedError, EngineError, PeerNotFoundError, PeerUnreachableError, UnsupportedError
 from tether.security.identity import Identity
-from tether.swarm.blobs import Shelf
-from tether.swarm.engine import Engine, FoundPeer, MutableRecord, NodeStatus
-from tether.swarm.held import PeerStream
-from tether.swarm.node import Node, NodeSettings
-from tether.swarm.rpc import Service
-from tether.swarm.secure import StreamLimits
-from tether.swarm.standing import Admits, OwnSide
-from tether.swarm.waking import Deed
+from tether.swarm.blobs.blobs import Shelf
+from tether.swarm.engine.engine import Engine, FoundPeer, MutableRecord, NodeStatus
+from tether.swarm.engine.secure import StreamLimits
+from tether.swarm.node.held import PeerStream
+from tether.swarm.node.node import Node, NodeSettings
+from tether.swarm.node.standing import Admits, OwnSide
+from tether.swarm.node.waking import Deed
+from tether.swarm.rpc.rpc import Service
 from tether.testing.memory_dht import MemoryDht, sign_record
 from tether.testing.memory_lines import Line, line_pair
 

@@ -12,9 +12,9 @@ from blake3 import blake3
 from tether.errors import ForbiddenError, NotFoundError, TetherError, UnknownModelError
 from tether.ports import SignedManifest
 from tether.security.identity import Identity
-from tether.swarm.blobs import Kind
-from tether.swarm.node import PREFIX, ConnectionLimits, Node, NodeSettings, Standing
-from tether.swarm.rpc import Call, Handler, Service
+from tether.swarm.blobs.blobs import Kind
+from tether.swarm.node.node import PREFIX, ConnectionLimits, Node, NodeSettings, Standing
+from tether.swarm.rpc.rpc import Call, Handler, Service
 from tether.types import Digest
 
 __all__ = ["ContractLab", "MakeNode", "StartNode", "failure", "making", "until"]

@@ -25,8 +25,8 @@ from tether.errors import (
     WrongBytesError,
 )
 from tether.ports import SignedManifest
-from tether.swarm.node import ConnectionLimits, Standing
-from tether.swarm.records import Capabilities, parse, sign
+from tether.swarm.node.node import ConnectionLimits, Standing
+from tether.swarm.records.records import Capabilities, parse, sign
 from tether.testing.node_labs import ContractLab, MakeNode, StartNode, failure, making, until
 from tether.types import Digest
 

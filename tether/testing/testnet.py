@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tether.errors import StartFailedError
-from tether.swarm.engine import Engine, EngineSettings
+from tether.swarm.engine.engine import Engine, EngineSettings
 
 __all__ = ["Testnet", "testnet"]
 

@@ -20,7 +20,7 @@ from tether.manager.peering.members import Members
 from tether.security.access import Access
 from tether.store import Repository
 from tether.store.index.mirror_tables import ModelState
-from tether.swarm.feed_entries import Content, FeedModel
+from tether.swarm.feeds.entries import Content, FeedModel
 
 __all__ = ["Copying", "CopyingSide", "agreed", "labs_of", "readers_of"]
 

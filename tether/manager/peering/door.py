@@ -30,8 +30,8 @@ from tether.errors import ConflictError, MalformedRequestError, ManagerLeavingEr
 from tether.manager.asking import Operation
 from tether.ports import BlobSource, MessageStream
 from tether.security.addresses import Link
-from tether.swarm.local import THIS_USER
-from tether.swarm.rpc import Call, Handler, RpcConnection, RpcLimits, Service
+from tether.swarm.rpc.rpc import Call, Handler, RpcConnection, RpcLimits, Service
+from tether.swarm.wire.local import THIS_USER
 from tether.types import Digest
 from tether.wire.heads import joined, parted
 

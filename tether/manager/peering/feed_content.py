@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from tether.store.index.mirror_tables import ModelState, VersionState
-from tether.swarm.feed_entries import Content, FeedModel, FeedVersion, sayable, sayable_aliases
+from tether.swarm.feeds.entries import Content, FeedModel, FeedVersion, sayable, sayable_aliases
 from tether.types import Digest
 
 __all__ = ["content_of", "states_of", "wanted"]

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 from tether.errors import TetherError
-from tether.swarm.engine import Engine
-from tether.swarm.feed_log import FeedCopy
+from tether.swarm.engine.engine import Engine
+from tether.swarm.feeds.log import FeedCopy
 
 __all__ = ["FeedCopies"]
 

@@ -10,7 +10,7 @@ import structlog
 
 from tether.errors import MalformedFeedError, StoreError
 from tether.security.files import sync_folder, written_aside
-from tether.swarm.feed_heads import Head, parse_head
+from tether.swarm.feeds.heads import Head, parse_head
 
 __all__ = ["FeedMemory", "begun", "load_memory", "save_memory"]
 

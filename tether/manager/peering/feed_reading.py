@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tether.errors import MalformedFeedError
-from tether.swarm.feed_entries import Change, Content, applied, contradictions, redefined, renewed
-from tether.swarm.feed_heads import MAX_HEAD_NBYTES, Head, parse_head
-from tether.swarm.feed_state import FeedState, Verdict
+from tether.swarm.feeds.entries import Change, Content, applied, contradictions, redefined, renewed
+from tether.swarm.feeds.heads import MAX_HEAD_NBYTES, Head, parse_head
+from tether.swarm.feeds.state import FeedState, Verdict
 
 __all__ = ["News", "Offer", "check_bound", "parse_offer", "read", "some"]
 

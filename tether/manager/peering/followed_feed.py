@@ -19,12 +19,12 @@ import structlog
 from tether.errors import EngineError, FeedRefusedError, InternalError, MalformedFeedError, PeerUnreachableError, TetherError
 from tether.manager.peering.feed_copies import FeedCopies
 from tether.manager.peering.feed_reading import News, Offer, check_bound, parse_offer, read, some
-from tether.swarm.engine import Engine
-from tether.swarm.feed_entries import Content, applied
-from tether.swarm.feed_heads import Head, parse_head
-from tether.swarm.feed_log import FeedCopy, LogPart
-from tether.swarm.feed_state import FATAL, TAKEN, FeedState, FeedStates, Verdict, judge
-from tether.swarm.feed_tree import FeedTree
+from tether.swarm.engine.engine import Engine
+from tether.swarm.feeds.entries import Content, applied
+from tether.swarm.feeds.heads import Head, parse_head
+from tether.swarm.feeds.log import FeedCopy, LogPart
+from tether.swarm.feeds.state import FATAL, TAKEN, FeedState, FeedStates, Verdict, judge
+from tether.swarm.feeds.tree import FeedTree
 
 __all__ = ["FollowedFeed", "Following"]
 

@@ -11,7 +11,7 @@ import structlog
 from tether.errors import ForbiddenError, TetherError
 from tether.manager.peering.group_view import Asked, Said, View, parse_said
 from tether.manager.peering.replication import PATIENCE, Presence
-from tether.swarm.feed_entries import Content
+from tether.swarm.feeds.entries import Content
 
 __all__ = ["INTERVAL", "AskMember", "Group"]
 

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from tether.errors import RemoteError
 from tether.manager.peering.replication import Copies, Plan, Policy, Site, plan
-from tether.swarm.feed_entries import MAX_MODELS, Content, FeedModel
+from tether.swarm.feeds.entries import MAX_MODELS, Content, FeedModel
 
 __all__ = ["MAX_MEMBERS", "Asked", "Said", "View", "chosen", "config_of", "mark", "parse_said", "policy_of", "stated"]
 

@@ -19,7 +19,7 @@ from tether.manager.peering.listing import content_of_rows
 from tether.manager.peering.progress import Progress
 from tether.manager.peering.pulling import Pulling, Wish
 from tether.manager.peering.subscriptions import EVERYTHING, Subscription
-from tether.swarm.feed_entries import Content
+from tether.swarm.feeds.entries import Content
 from tether.types import Digest
 
 __all__ = ["Kept", "KeptModel", "Surroundings"]

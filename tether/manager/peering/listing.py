@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from tether.errors import MalformedFeedError
-from tether.swarm.feed_entries import Content, FeedModel, FeedVersion, sayable
+from tether.swarm.feeds.entries import Content, FeedModel, FeedVersion, sayable
 from tether.types import Digest, model_name
 
 __all__ = ["content_of_rows"]

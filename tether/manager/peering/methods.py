@@ -16,8 +16,8 @@ from tether.errors import MalformedRequestError, ManagerLeavingError, ServiceUna
 from tether.manager.peering.gateway import Gateway
 from tether.security.access import Access
 from tether.store import Repository
-from tether.swarm.node import PREFIX
-from tether.swarm.rpc import Call, Service
+from tether.swarm.node.node import PREFIX
+from tether.swarm.rpc.rpc import Call, Service
 from tether.types import Digest, ModelRef
 
 __all__ = ["Ask", "Methods"]

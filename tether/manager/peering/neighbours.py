@@ -13,8 +13,8 @@ import structlog
 from tether.errors import MalformedRecordError, TetherError
 from tether.security.access import Access
 from tether.security.identity import Identity
-from tether.swarm.peer_book import PeerBook
-from tether.swarm.records import LIFETIME, Capabilities, Record, next_seq, sign, topic
+from tether.swarm.records.peer_book import PeerBook
+from tether.swarm.records.records import LIFETIME, Capabilities, Record, next_seq, sign, topic
 from tether.types import Digest
 
 __all__ = ["Neighbourhood", "Neighbours"]

@@ -25,10 +25,10 @@ from tether.manager.peering.feed_memory import FeedMemory, begun, load_memory, s
 from tether.manager.peering.own_log import OwnLog
 from tether.security.identity import Identity
 from tether.store import Repository
-from tether.swarm.engine import Engine
-from tether.swarm.feed_entries import Change, Content, applied, entries
-from tether.swarm.feed_heads import Head, sign_head
-from tether.swarm.hyperbee import FeedServer
+from tether.swarm.engine.engine import Engine
+from tether.swarm.feeds.entries import Change, Content, applied, entries
+from tether.swarm.feeds.heads import Head, sign_head
+from tether.swarm.feeds.hyperbee import FeedServer
 
 __all__ = ["OwnFeed"]
 

@@ -11,13 +11,13 @@ from typing import Self
 import structlog
 
 from tether.errors import EngineClosedError, EngineError, MalformedFeedError, TetherError
-from tether.swarm.engine import Engine
-from tether.swarm.feed_entries import Change, Content, applied, changes, entries
-from tether.swarm.feed_heads import Head
-from tether.swarm.feed_log import MAX_BLOCKS, MAX_NBYTES, read_log
-from tether.swarm.feed_tree import FeedTree
-from tether.swarm.hyperbee import Head as LogHead
-from tether.swarm.hyperbee import Hyperbee
+from tether.swarm.engine.engine import Engine
+from tether.swarm.feeds.entries import Change, Content, applied, changes, entries
+from tether.swarm.feeds.heads import Head
+from tether.swarm.feeds.hyperbee import Head as LogHead
+from tether.swarm.feeds.hyperbee import Hyperbee
+from tether.swarm.feeds.log import MAX_BLOCKS, MAX_NBYTES, read_log
+from tether.swarm.feeds.tree import FeedTree
 
 __all__ = ["OwnLog"]
 

@@ -36,9 +36,9 @@ from tether.manager.peering.reachability import judged
 from tether.manager.peering.subscriptions import Subscriptions
 from tether.manager.settings import ManagerSettings
 from tether.security.addresses import Address, Link
-from tether.swarm.blobs import PeerBlobs
-from tether.swarm.engine import EngineSettings
-from tether.swarm.node import NodeSettings
+from tether.swarm.blobs.blobs import PeerBlobs
+from tether.swarm.engine.engine import EngineSettings
+from tether.swarm.node.node import NodeSettings
 from tether.types import model_name
 
 __all__ = ["Peering"]

@@ -26,11 +26,11 @@ from tether.manager.peering.neighbours import Neighbours
 from tether.manager.peering.pulling import Pulling, PullOptions, Rim
 from tether.manager.peering.shelf import RepositoryShelf
 from tether.manager.peering.subscriptions import Subscription, Subscriptions
-from tether.swarm.engine import Engine
-from tether.swarm.feed_entries import Content
-from tether.swarm.feed_state import FeedStates
-from tether.swarm.node import Node, NodeSettings, Standing
-from tether.swarm.records import Capabilities, Held
+from tether.swarm.engine.engine import Engine
+from tether.swarm.feeds.entries import Content
+from tether.swarm.feeds.state import FeedStates
+from tether.swarm.node.node import Node, NodeSettings, Standing
+from tether.swarm.records.records import Capabilities, Held
 from tether.types import ModelRef
 
 __all__ = ["LabSide", "Presence"]

@@ -30,8 +30,8 @@ from tether.store import Manifest, Repository, VersionRecord, decode
 from tether.store.index.mirror_tables import ModelState
 from tether.store.packing.disk import disk_errors
 from tether.store.replicas.streaming import file_order, wanted_of
-from tether.swarm.bandwidth import TokenBucket
-from tether.swarm.feed_entries import Content, FeedModel, FeedVersion
+from tether.swarm.feeds.entries import Content, FeedModel, FeedVersion
+from tether.swarm.wire.bandwidth import TokenBucket
 from tether.types import Digest
 
 __all__ = ["OnProgress", "PullOptions", "Pulling", "Rim", "Wish"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from tether.swarm.engine import NodeStatus
+from tether.swarm.engine.engine import NodeStatus
 
 __all__ = ["Reachability", "judged"]
 

@@ -25,8 +25,8 @@ from tether.errors import (
 from tether.ports import SignedManifest
 from tether.store import Repository, VersionRecord, decode
 from tether.store.format.manifest import digest_of
-from tether.swarm.bandwidth import TokenBucket
-from tether.swarm.blobs import Kind
+from tether.swarm.blobs.blobs import Kind
+from tether.swarm.wire.bandwidth import TokenBucket
 from tether.types import Digest
 
 __all__ = ["RepositoryShelf"]

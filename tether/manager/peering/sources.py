@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from tether.swarm.bandwidth import TokenBucket
+from tether.swarm.wire.bandwidth import TokenBucket
 
 __all__ = ["Asking", "Sources"]
 

@@ -2,7 +2,7 @@
 //
 // PythonMonkey leaks whatever value crosses: bytes for good, numbers 24 bytes each, functions read through a proxy 230. So nothing
 // crosses. Both sides see one ArrayBuffer; a call takes no argument and returns nothing, its arguments lie in the control block and
-// its bytes in a ring. tether/swarm/bridge.py has the same layout.
+// its bytes in a ring. tether/swarm/engine/bridge.py has the same layout.
 //
 // A callee reads its arguments before it calls anything else: a call that comes back (Python asks JavaScript's firewall while
 // JavaScript connects) writes to the same block.

@@ -1,4 +1,4 @@
-// A secret stream that ends with the handshake: its keys go to Python (tether/swarm/secure.py), which encrypts and decrypts from then
+// A secret stream that ends with the handshake: its keys go to Python (tether/swarm/engine/secure.py), which encrypts and decrypts from then
 // on at three times the speed. Here it lives on so that hyperdht sees it open and close.
 
 const NoiseSecretStream = require('@hyperswarm/secret-stream')

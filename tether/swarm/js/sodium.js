@@ -1,4 +1,4 @@
-// sodium-native's face over libsodium in Python (tether/swarm/sodium.py). Inputs lie end to end in the outbox, their lengths in the
+// sodium-native's face over libsodium in Python (tether/swarm/engine/sodium.py). Inputs lie end to end in the outbox, their lengths in the
 // control block; the result comes behind them. Only what the bundled packages reach is here: anything else is undefined and throws.
 
 const { control, outbox, host } = require('./bridge')

@@ -1,0 +1,1 @@
+"""Blobs and manifests with peers, each verified as it arrives."""

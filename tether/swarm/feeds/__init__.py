@@ -1,0 +1,1 @@
+"""A catalog's public history: entries, logs, signed heads."""

@@ -1,0 +1,1 @@
+"""What labs say of themselves in the DHT, and whom one remembers."""

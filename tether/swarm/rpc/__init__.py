@@ -1,0 +1,1 @@
+"""Calls with peers, on the wire of @hyperswarm/rpc."""
