@@ -40,9 +40,14 @@ check: $(READY)  ## format, lint, types, layers, spelling, environment.yml: unde
 lab: $(READY)  ## a lab in the foreground, until Ctrl-C
 	$(BIN)/tether up
 
-bench: $(READY)  ## requests a second beside the floor of this machine; the store beside the plain file
+bench: $(READY)  ## requests a second beside the floor of this machine; the store beside the plain file; the swarm, in short
 	$(BIN)/python benchmarks/online
 	$(BIN)/python benchmarks/store
+	$(BIN)/python benchmarks/swarm/udx.py --rounds 1 --seconds 2
+	$(BIN)/python benchmarks/swarm/found.py --rounds 5
+	$(BIN)/python benchmarks/swarm/calls.py --calls 50000 --seconds 5
+	$(BIN)/python benchmarks/swarm/replicating.py --mib 256 --rounds 1
+	$(BIN)/python benchmarks/swarm/eight.py
 
 chaos: $(READY)  ## the tests that kill processes, at full scale: make chaos [ROW=13] [SEED=7] [SCALE=1]
 	TETHER_CHAOS_SEED='$(SEED)' TETHER_CHAOS_SCALE='$(SCALE)' $(BIN)/python -m pytest -m chaos $(if $(ROW),-k 'row_$(ROW)')

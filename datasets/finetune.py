@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import digits
@@ -92,7 +93,9 @@ def _save(weights: Arrays, biases: Arrays, path: Path) -> None:
     graph = helper.make_graph(nodes, "digits", [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 8, 8])], outputs, held)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
-    onnx.save(model, path)
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    onnx.save(model, draft)
+    draft.replace(path)  # another run may be reading what is there
 
 
 def main() -> None:

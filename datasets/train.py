@@ -8,9 +8,9 @@ All three have the same signature: `images` FP32 `(-1, 8, 8)` → `label` INT64 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -167,9 +167,20 @@ def _train(framework: str, folder: Path) -> None:
             sys.exit(
                 f"{framework}: accuracy {accuracy:.3f} on the held-out rows, expected {GOOD_ENOUGH}; try the versions of constraints.txt"
             )
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        draft.rename(path)
+        _install(draft, path)
     print(f"{framework:10}  accuracy {accuracy:.3f} on {len(labels)} held-out rows  {path}")
+
+
+def _install(draft: Path, path: Path) -> None:
+    """In place of what is there: who reads a file meanwhile reads the old one or the new one, and of two folders made at once one stays."""
+    if path.is_dir():
+        with contextlib.suppress(FileNotFoundError):  # another run has just taken it away
+            path.rename(draft.with_name("old"))
+    try:
+        draft.replace(path)
+    except OSError:
+        if not path.is_dir():
+            raise
 
 
 def write_examples(folder: Path | str = FOLDER) -> None:
@@ -178,10 +189,14 @@ def write_examples(folder: Path | str = FOLDER) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = digits.load()
     images = data.images[data.test[:2]]
-    np.save(folder / "images.npy", images)
-    np.savez(folder / "example.npz", images=images)
     tensor = {"name": "images", "datatype": "FP32", "shape": list(images.shape), "data": images.ravel().tolist()}
-    (folder / "request.json").write_text(json.dumps({"inputs": [tensor]}))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        drafts = Path(scratch)
+        np.save(drafts / "images.npy", images)
+        np.savez(drafts / "example.npz", images=images)
+        (drafts / "request.json").write_text(json.dumps({"inputs": [tensor]}))
+        for draft in list(drafts.iterdir()):
+            draft.replace(folder / draft.name)
 
 
 def main() -> None:

@@ -16,9 +16,20 @@ from pathlib import Path
 
 import platformdirs
 
-from tether.errors import ConfigError
+from tether.errors import BadNameError, ConfigError
 
-__all__ = ["GATEWAY_PORT", "HOUSEKEEPING", "MANAGER_PORT", "ORCHESTRATOR_PORT", "DataFolder", "Limits", "bootstrap_nodes", "worker_ports"]
+__all__ = [
+    "GATEWAY_PORT",
+    "HOUSEKEEPING",
+    "MANAGER_PORT",
+    "ORCHESTRATOR_PORT",
+    "REGION_ENV",
+    "DataFolder",
+    "Limits",
+    "bootstrap_nodes",
+    "lab_region",
+    "worker_ports",
+]
 
 GATEWAY_PORT = 8000
 ORCHESTRATOR_PORT = 8002
@@ -35,6 +46,19 @@ def worker_ports(count: int) -> list[int]:
 
 
 BOOTSTRAP_ENV = "TETHER_BOOTSTRAP"
+
+
+REGION_ENV = "TETHER_REGION"
+
+
+def lab_region(text: str) -> str:
+    """Where a lab is, in words that labs agreed on; "": nobody said. Raises: ConfigError."""
+    from tether.types import region_name  # numpy: not for `--help`
+
+    try:
+        return region_name(text) if text else ""
+    except BadNameError as error:
+        raise ConfigError(f"{error} (--region, {REGION_ENV})") from error
 
 
 def bootstrap_nodes(text: str | None = None) -> tuple[tuple[str, int], ...] | None:
@@ -64,8 +88,8 @@ class Limits:
     """As Triton's `--http-max-input-size`: larger inputs are cut up by the caller."""
     timeout: float = 60.0
     """Seconds a request may take when it does not say."""
-    batch_rows: int = 32
-    """Rows of one batch: with as many rows as clients all move in lockstep, half of it overlaps them (FASTPATH.md §3)."""
+    latency: float = 0.1
+    """Seconds within which 99 of 100 answers are wanted; batches are kept as short as that needs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ __all__ = [
     "RequestTimeoutError",
     "ScopeStillOpenError",
     "ServiceUnavailableError",
+    "StagingFullError",
     "StartFailedError",
     "StoreError",
     "StreamLostError",
@@ -481,6 +482,14 @@ class NoSpaceError(UnavailableError, OSError):
     """The disk is full; nothing was changed."""
 
     code = "no_space"
+    http_status = 507
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class StagingFullError(UnavailableError):
+    """A peer staged as much as it may without publishing it. Nothing was written."""
+
+    code = "staging_full"
     http_status = 507
     grpc_status = "RESOURCE_EXHAUSTED"
 

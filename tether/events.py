@@ -13,6 +13,8 @@ __all__ = [
     "CatalogModel",
     "Claim",
     "Event",
+    "LentChanged",
+    "LentWorker",
     "LoadCut",
     "LoadFailed",
     "Loaded",
@@ -67,9 +69,34 @@ class CatalogChanged:
     """Of the lease under which it was told."""
 
 
+class LentWorker(msgspec.Struct, frozen=True):
+    """Another lab that runs models for this one: which of its own workers does is its gateway's business."""
+
+    id: WorkerId
+    """Given by the manager that has the line to it; no worker of this lab has that name."""
+    peer: str
+    """The lab's public key, hex."""
+    number: int
+    """Of this registration: another one of the same lab has nothing loaded, as another process of a worker has not."""
+    gpus: int
+    slots: int
+    """Requests that it takes at a time."""
+    models: str = "*"
+    """Glob of this lab's own models that it runs, as of a scope."""
+
+
+@dataclass(frozen=True, slots=True)
+class LentChanged:
+    """The manager told which labs lend workers to this one now: all of them."""
+
+    stream: int
+    """As of the catalog that was told before."""
+    workers: tuple[LentWorker, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class ManagerLeft:
-    """A connection of the manager ended; what is loaded serves on."""
+    """A connection of the manager ended; what is loaded serves on, but for lent workers: the line to those is the manager's."""
 
     stream: int
 
@@ -86,8 +113,9 @@ class Loaded:
     """A worker has the version in memory and answers at `endpoint`."""
 
     address: str
+    """As in `Load`."""
     pid: int
-    """Of the process that was asked: the next one of this name has the same address."""
+    """Of the process that was asked: the next one of this name has the same address. Of a lent worker: its `number`."""
     model: ModelVersion
     endpoint: str
 
@@ -126,7 +154,9 @@ class Tick:
     """Time has passed."""
 
 
-Event = WorkerJoined | WorkerLeft | CatalogChanged | ManagerLeft | ModelWanted | Loaded | LoadFailed | LoadCut | Unloaded | Tick
+Event = (
+    WorkerJoined | WorkerLeft | CatalogChanged | LentChanged | ManagerLeft | ModelWanted | Loaded | LoadFailed | LoadCut | Unloaded | Tick
+)
 
 
 class Claim(msgspec.Struct, frozen=True):

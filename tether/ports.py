@@ -17,6 +17,7 @@ __all__ = [
     "Endpoint",
     "Hop",
     "HopReply",
+    "Lending",
     "LoadedModel",
     "Management",
     "MessageStream",
@@ -137,7 +138,8 @@ class Admitting(Protocol):
     async def invite(self, scopes: Sequence[str], expires: str | float, uses: int, label: str) -> dict[str, Any]:
         """Make an invitation: its row (`invitations`) with `url`, the only place where its secret is. `expires`: seconds, "30d", "never".
 
-        Raises: BadTermsError: `expires`, `uses`; BadNameError: `label`; ConflictError: too many are open.
+        Raises: BadTermsError: `expires`, `uses`; BadNameError: `label`; ConflictError: too many are open; UnsupportedError,
+        MissingDependencyError: nobody could come by it, since the lab is not on the swarm and can't be.
         """
         ...
 
@@ -150,7 +152,9 @@ class Admitting(Protocol):
         ...
 
     async def allow(self, peer: str, scopes: Sequence[str], label: str | None = None) -> dict[str, Any]:
-        """`{"peer", "scopes": all that it has then, "envelopes": name → base64}`, an envelope for each `decrypt:NAME` that was given.
+        """`{"peer", "scopes": all that it has then, "envelopes": name → base64, "note"}`, an envelope for each `decrypt:NAME` given.
+
+        `note`: why the peer can't make use of the scopes now, or None.
 
         Raises: ForbiddenError: it is banned; LockedModelError: no model of the name is encrypted.
         """
@@ -174,8 +178,12 @@ class Admitting(Protocol):
         ...
 
     async def peers(self) -> list[dict[str, Any]]:
-        """Every key that was let in, sent away, named, or is connected: `{"peer", "address", "label", "petname", "scopes", "since",
-        "revoked", "banned"}`, and `"route"`, `"round_trip"`, `"versions"`, null where it is not connected.
+        """Every key that was let in, sent away, named, is connected, or whose lab says something of itself that was found.
+
+        `{"peer", "address", "label", "petname", "scopes", "since", "revoked", "banned", "stranger": nobody here knows it}`, `"route"` and
+        `"round_trip"`, null where it is not connected, and what it says of itself, null or empty where it says nothing: `"versions"`: how
+        many it holds, `"models"`: those that this lab knows by their bytes, `"region"`, `"gpus"`: [{"name", "count", "nbytes"}], `"load"`:
+        per cent, `"serves"`, `"said"`: Unix time.
         """
         ...
 
@@ -267,12 +275,45 @@ class Copying(Protocol):
     async def copies(self, model: str) -> dict[str, Any]:
         """Who has a model: `{"model", "publisher", "policy": or None, "labs": [{"peer", "petname", "own", "state", "here"}], "short"}`.
 
-        `state`: whole, coming; `short`: why there are fewer than agreed, or None. Raises: UnknownModelError.
+        `state`: whole, coming, surplus (whole, and about to be dropped); `short`: why there are fewer than agreed, or None.
+        Raises: UnknownModelError.
         """
         ...
 
 
-class Management(Admitting, Replicating, Copying, Protocol):
+class Lending(Protocol):
+    """Workers that are lent to other labs, for their own models: `Management` has it. A lab is named by its key, address, or petname.
+
+    Each raises BadKeyError, BadAddressError; StoreError: what is lent can't be remembered.
+    """
+
+    async def lend(self, publisher: str, models: str = "*", slots: int | None = None) -> dict[str, Any]:
+        """Lend a lab the workers, from now on: a row of `lendings`, once it has confirmed that. `models`: a glob of its models' names.
+
+        Raises: ForbiddenError: it takes none of this lab; PeerNotFoundError, PeerUnreachableError; NoWorkerError: none runs;
+        UnsupportedError: there are no workers at all, or the lab speaks with no other lab; BadInputError.
+        """
+        ...
+
+    async def lendings(self) -> list[dict[str, Any]]:
+        """`{"publisher", "models", "slots", "state", "worker": what they are called there, "error": [code, text] or None}`.
+
+        `state`: registered, or waiting: `error` says for what.
+        """
+        ...
+
+    async def end_lending(self, publisher: str) -> dict[str, Any]:
+        """Lend it none any more."""
+        ...
+
+    async def borrowings(self) -> list[dict[str, Any]]:
+        """Workers that other labs lend to this one now: `{"worker", "publisher", "models", "slots", "gpus"}`, and as they said a second
+        ago: `{"free": slots, "queue": seconds until a request begins, "loaded": how many models}`.
+        """
+        ...
+
+
+class Management(Admitting, Replicating, Copying, Lending, Protocol):
     """What the manager does for the gateway. Arguments and answers are plain JSON values, as on the wire of `/tether/v1`.
 
     Each raises the errors of the tree that its work can raise (`UnknownModelError`, `MissingBlobsError`, …), and
@@ -295,6 +336,18 @@ class Management(Admitting, Replicating, Copying, Protocol):
 
     async def publish(self, name: str, draft: Mapping[str, Any]) -> dict[str, Any]:
         """Inspect in the sandbox, sign, commit. The answer has `created`: False when these bytes are a version already."""
+        ...
+
+    async def swarm(self) -> dict[str, Any]:
+        """Whether this lab is on the swarm: `{"state", "address", "since": Unix time or None, "peers": connected, "reachable", "detail"}`.
+
+        `state`: on; off: there is no reason to be there, or it was started without; failed: it could not, and tries again. `reachable`, on
+        the swarm: ok, note: not from everywhere, fail; None: not known yet. `detail`: for people, with what to do.
+        """
+        ...
+
+    async def contacts(self) -> dict[str, Any]:
+        """Keys of other labs: `{"admitted", "connected"}`, those that may do something here, and those that are connected now."""
         ...
 
     async def models(self) -> list[dict[str, Any]]: ...

@@ -34,6 +34,7 @@ __all__ = [
     "datatype_of",
     "dtype_of",
     "model_name",
+    "region_name",
 ]
 
 Digest = NewType("Digest", str)
@@ -105,6 +106,19 @@ def model_name(text: str) -> str:
         raise BadNameError(f"model name {text[:80]!r}: use 1–64 of a–z, 0–9, '.', '_', '-', starting with a letter or digit")
     if text in RESERVED_NAMES:
         raise BadNameError(f"model name {text!r} is reserved by the inference protocol; choose another")
+    return text
+
+
+_REGION = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+
+
+def region_name(text: str) -> str:
+    """`text`, if it names a region: where a lab is, in words that those who share models agreed on.
+
+    Raises: BadNameError: it does not.
+    """
+    if not _REGION.fullmatch(text):
+        raise BadNameError(f"region {text[:80]!r}: use 1–32 of a–z, 0–9, '-', starting with a letter or digit, such as eu-west")
     return text
 
 

@@ -14,12 +14,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import results
+
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1] / "tests" / "swarm"
-RESULTS = HERE.parent / "results" / "streams.json"
 MESSAGE_NBYTES = 65_536
 AIM = 2.5
 """Python to Python, in multiples of Node to Node."""
@@ -87,10 +90,25 @@ async def send(bootstrap: list[tuple[str, int]], key: str, seconds: float) -> di
     return figures
 
 
+@contextmanager
+def serving(bootstrap: Sequence[tuple[str, int]], keep_seconds: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process that counts what comes, and its key."""
+    arguments = json.dumps({"bootstrap": bootstrap, "keep_seconds": keep_seconds})
+    with subprocess.Popen([sys.executable, __file__, "--as-server", arguments], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, next(iter(process.stdout or [])).strip()
+        finally:
+            process.terminate()
+
+
+def client_command(bootstrap: Sequence[tuple[str, int]], key: str, seconds: float) -> list[str]:
+    """A process that sends to this key and prints its figures."""
+    return [sys.executable, __file__, "--as-client", json.dumps({"bootstrap": bootstrap, "key": key, "seconds": seconds})]
+
+
 def python_client(bootstrap: list[tuple[str, int]], key: str, seconds: float) -> dict[str, float]:
     """A process of its own."""
-    arguments = json.dumps({"bootstrap": bootstrap, "key": key, "seconds": seconds})
-    return _figures([sys.executable, __file__, "--as-client", arguments])
+    return _figures(client_command(bootstrap, key, seconds))
 
 
 def node_client(bootstrap: list[tuple[str, int]], key: str, seconds: float) -> dict[str, float]:
@@ -112,19 +130,13 @@ def measure(rounds: int, seconds: float) -> dict[str, list[float]]:
     from engine_harness import Testnet
 
     found: dict[str, list[float]] = {}
-    with Testnet() as net:
-        arguments = json.dumps({"bootstrap": net.bootstrap, "keep_seconds": 600 + 10 * rounds * seconds})
-        serving = subprocess.Popen([sys.executable, __file__, "--as-server", arguments], stdout=subprocess.PIPE, text=True)
-        try:
-            keys = {"Python": next(iter(serving.stdout or [])).strip(), "Node": net.keys["sink"]}
-            for _ in range(rounds):
-                for sender, client in (("Python", python_client), ("Node", node_client)):
-                    for receiver, key in keys.items():
-                        figures = client(net.bootstrap, key, seconds)
-                        found.setdefault(f"{sender} → {receiver}", []).append(figures["nbytes"] / 1e6 / figures["seconds"])
-        finally:
-            serving.terminate()
-            serving.wait()
+    with Testnet() as net, serving(net.bootstrap, 600 + 10 * rounds * seconds) as (_, key_of_python):
+        keys = {"Python": key_of_python, "Node": net.keys["sink"]}
+        for _ in range(rounds):
+            for sender, client in (("Python", python_client), ("Node", node_client)):
+                for receiver, key in keys.items():
+                    figures = client(net.bootstrap, key, seconds)
+                    found.setdefault(f"{sender} → {receiver}", []).append(figures["nbytes"] / 1e6 / figures["seconds"])
     return found
 
 
@@ -135,8 +147,7 @@ def report(found: dict[str, list[float]]) -> None:
     for way, rate in rows.items():
         print(f"{way:18} {rate:8.1f} MB/s   {rate / reference:5.2f} × Node → Node")
     print(f"aim: Python → Python ≥ {AIM} × Node → Node")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"MB/s": found, "median": rows}, indent=2), encoding="utf-8")
+    results.write("streams", **{"MB/s": found, "median": rows})
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """`python benchmarks/swarm/udx.py`: raw UDX over loopback, two processes, Python and Node in turns.
 
-Bytes of the stream a second, and CPU seconds a GB of both ends together, which a busy machine disturbs less. Nothing is encrypted.
+Bytes of the stream a second, and CPU seconds a GB of each end, which a busy machine disturbs less: in Python or Node, and in the kernel,
+from the stream's beginning on. Nothing is encrypted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+import results
+
 from tether.swarm.udx import Udx, UdxStream
 
 HERE = Path(__file__).resolve().parent
@@ -27,8 +30,14 @@ def say(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
+def cpu_times() -> tuple[float, float]:
+    """Seconds of this process: its own, the kernel's for it."""
+    times = os.times()
+    return times.user, times.system
+
+
 async def receive(udx: Udx, port: int) -> None:
-    closed, began, nbytes = asyncio.get_running_loop().create_future(), 0.0, 0
+    closed, began, nbytes, before = asyncio.get_running_loop().create_future(), 0.0, 0, cpu_times()
 
     def take(data: bytes) -> None:
         nonlocal began, nbytes
@@ -36,7 +45,7 @@ async def receive(udx: Udx, port: int) -> None:
         nbytes += len(data)
 
     def end() -> None:
-        say(nbytes=nbytes, seconds=time.perf_counter() - began, cpu=time.process_time())
+        say(nbytes=nbytes, seconds=time.perf_counter() - began, before=before, after=cpu_times())
         stream.write_end()
 
     stream = UdxStream(udx, 1, on_data=take, on_end=end, on_close=closed.set_result)
@@ -45,7 +54,7 @@ async def receive(udx: Udx, port: int) -> None:
 
 
 async def send(udx: Udx, port: int, seconds: float) -> None:
-    closed, block = asyncio.get_running_loop().create_future(), os.urandom(BLOCK_NBYTES)
+    closed, block, before = asyncio.get_running_loop().create_future(), os.urandom(BLOCK_NBYTES), cpu_times()
     end = time.perf_counter() + seconds
 
     def write() -> None:
@@ -59,7 +68,7 @@ async def send(udx: Udx, port: int, seconds: float) -> None:
     stream.connect(next(iter(udx.sockets)), 1, port, "127.0.0.1")
     write()
     await closed
-    say(cpu=time.process_time(), **stream.stats)
+    say(before=before, after=cpu_times(), **stream.stats)
 
 
 async def end_of_stream(role: str, seconds: float, *, batches: bool) -> None:
@@ -88,8 +97,8 @@ def start(kind: str, role: str, seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def measure(sender: str, receiver: str, seconds: float) -> tuple[float, float]:
-    """MB/s, and CPU seconds a GB of both ends."""
+def measure(sender: str, receiver: str, seconds: float) -> list[float]:
+    """MB/s, and CPU seconds a GB: of the sender, in the kernel for it, of the receiver, in the kernel for it."""
     ends = start(receiver, "receive", seconds), start(sender, "send", seconds)
     ports = [json.loads(end.stdout.readline())["port"] for end in ends if end.stdout]
     for end, port in zip(ends, reversed(ports), strict=True):
@@ -99,7 +108,8 @@ def measure(sender: str, receiver: str, seconds: float) -> tuple[float, float]:
     came, left = (json.loads(end.stdout.readline()) for end in ends if end.stdout)
     for end in ends:
         end.communicate()
-    return came["nbytes"] / 1e6 / came["seconds"], (came["cpu"] + left["cpu"]) / came["nbytes"] * 1e9
+    spent = [after - before for end in (left, came) for before, after in zip(end["before"], end["after"], strict=True)]
+    return [came["nbytes"] / 1e6 / came["seconds"], *(seconds / came["nbytes"] * 1e9 for seconds in spent)]
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -118,21 +128,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--python-only", action="store_true")
     parser.add_argument("--end", choices=["send", "receive"], help=argparse.SUPPRESS)
     parser.add_argument("--no-batches", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.end:
         asyncio.run(end_of_stream(arguments.end, arguments.seconds, batches=not arguments.no_batches))
         return
-    kinds = pairs()
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    kinds = [("python", "python")] if arguments.python_only else pairs()
+    found: dict[tuple[str, str], list[list[float]]] = {kind: [] for kind in kinds}
     for _ in range(arguments.rounds):
         for kind in kinds:
             found[kind].append(measure(*kind, arguments.seconds))
-    print(f"{'sender':16}{'receiver':16}{'MB/s':>8}{'CPU s/GB':>10}   medians of {arguments.rounds}")
-    for (sender, receiver), rows in found.items():
-        rate, cpu = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"{sender:16}{receiver:16}{rate:8.0f}{cpu:10.2f}")
+    columns = ("MB/s", "sends: own", "kernel", "takes: own", "kernel")
+    print(f"{'sender':16}{'receiver':16}{''.join(f'{name:>12}' for name in columns)}   CPU s/GB; medians of {arguments.rounds}")
+    medians = {kind: [statistics.median(column) for column in zip(*rows, strict=True)] for kind, rows in found.items()}
+    for (sender, receiver), (rate, *cpu) in medians.items():
+        print(f"{sender:16}{receiver:16}{rate:12.0f}{''.join(f'{each:12.2f}' for each in cpu)}")
+    results.write("udx", columns=columns, rounds={" → ".join(kind): rows for kind, rows in found.items()})
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ const socket = udx.createSocket()
 socket.bind(0, '127.0.0.1')
 console.log(JSON.stringify({ port: socket.address().port }))
 
+const cpuTimes = () => { const { user, system } = process.cpuUsage(); return [user / 1e6, system / 1e6] }
+const before = cpuTimes()
+
 const report = (nbytes, began) => {
-  const cpu = process.cpuUsage()
-  console.log(JSON.stringify({ nbytes, seconds: began && (Date.now() - began) / 1000, cpu: (cpu.user + cpu.system) / 1e6 }))
+  console.log(JSON.stringify({ nbytes, seconds: began && (Date.now() - began) / 1000, before, after: cpuTimes() }))
 }
 
 readline.createInterface({ input: process.stdin }).once('line', port => {

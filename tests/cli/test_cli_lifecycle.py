@@ -15,9 +15,9 @@ from tether.cli import tether
 from tether.cli.logs import last_lines
 
 COMMANDS = {
-    "accept", "alias", "allow", "diff", "disallow", "doctor", "down", "enrol", "export", "gateway", "gc", "hold", "infer", "invite",
-    "logs", "manager", "models", "orchestrator", "peers", "policy", "publish", "repair", "replicate", "rm", "rollback", "rotate", "show",
-    "status", "trust", "up", "verify", "worker",
+    "accept", "alias", "allow", "diff", "disallow", "doctor", "down", "enrol", "events", "export", "gateway", "gc", "hold", "infer",
+    "invite", "lend", "logs", "manager", "models", "orchestrator", "peers", "policy", "publish", "repair", "replicate", "rm", "rollback",
+    "rotate", "show", "status", "trust", "up", "verify", "worker",
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_every_command_explains_itself(call):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nope",), ("up", "--workers", "0"), ("publish", "digits"), ("publish", "a", "b", "--tag", "x"), ("up", "--port", "x")]
+    "arguments", [("nope",), ("up", "--workers", "-1"), ("publish", "digits"), ("publish", "a", "b", "--tag", "x"), ("up", "--port", "x")]
 )
 def test_wrong_usage_exits_2(call, arguments):
     assert call(*arguments).exit_code == 2

@@ -1,9 +1,10 @@
 import json
+import re
 
 import numpy as np
 import pytest
 from blake3 import blake3
-from fake_gateway import rows, spec
+from fake_gateway import ADDRESS, rows, spec
 
 
 @pytest.fixture
@@ -111,7 +112,14 @@ def test_status_shows_the_whole_lab(call, gateway):
         "services",
         "workers",
         "models",
+        "swarm",
     }
+
+
+def test_status_says_whether_other_labs_can_find_this_one(call, gateway):
+    shown = call("status", gateway=gateway).stdout
+    assert re.search(r"^swarm    on for \d.*, 3 connected; reachable from everywhere$", shown, re.MULTILINE)
+    assert json.loads(call("status", "--json", gateway=gateway).stdout)["swarm"]["address"] == ADDRESS
 
 
 @pytest.mark.parametrize(

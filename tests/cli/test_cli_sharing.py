@@ -47,10 +47,19 @@ def test_allow_and_disallow_say_what_is_left(call, gateway):
 
 def test_peers_are_listed_named_banned_and_forgiven(call, gateway):
     call("allow", ALICE, "--scope", "infer:digits", "--label", "her laptop", gateway=gateway)
-    gateway.peers[ALICE] |= {"route": "direct", "round_trip": 0.0215, "versions": 4}
-    lines = call("peers", gateway=gateway).stdout.splitlines()
-    assert lines[0].split() == ["NAME", "STATE", "SCOPES", "CONNECTED", "ROUND", "TRIP", "VERSIONS", "KEY"]
-    assert lines[1].split() == ["her", "laptop", "allowed", "infer:digits", "direct", "22", "ms", "4", ALICE]
+    said = {"versions": 4, "models": ["digits", "faces"], "region": "eu-west", "load": 30}
+    gateway.peers[ALICE] |= {"route": "direct", "round_trip": 0.0215, "gpus": [{"name": "H100", "count": 2, "nbytes": 80 << 30}]} | said
+    stranger = "cd" * 32
+    gateway.peers[stranger] = {"peer": stranger, "scopes": [], "stranger": True, "petname": None, "versions": 1}
+    done = call("peers", gateway=gateway)
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["NAME", "STATE", "SCOPES", "CONNECTED", "ROUND", "TRIP", "HOLDS", "REGION", "GPUS", "LOAD", "KEY"]
+    shown = f"her laptop allowed infer:digits direct 22 ms 4: digits, faces eu-west 2 × H100, 80.0 GiB 30 % {ALICE}"
+    assert lines[1].split() == shown.split()
+    assert stranger not in done.stdout
+    assert done.stderr.startswith("and 1 other ")
+    every = call("peers", "--all", gateway=gateway)
+    assert (every.stdout.splitlines()[2].split(), every.stderr) == (["known", "1", stranger], "")
     assert json.loads(call("peers", "--json", gateway=gateway).stdout)["peers"][0]["peer"] == ALICE
     assert call("peers", "name", ALICE, "alice", gateway=gateway).stdout == "its models are alice/… now\n"
     assert call("peers", "ban", "alice", "--reason", "shouted", gateway=gateway).exit_code == 0

@@ -274,7 +274,8 @@ class FakeGateway:
     async def status(self, _: web.Request) -> web.Response:
         service = {"name": "gateway", "role": "gateway", "pid": 70, "address": self.url, "state": "running", "since": 2.5}
         body = {"address": None, "gateway": self.url, "data": "/data", "services": [service], "workers": self._workers()}
-        return web.json_response(body | {"models": list(self.models.values())})
+        swarm = {"state": "on", "address": ADDRESS, "since": 2.5, "peers": 3, "reachable": "ok", "detail": "reachable from everywhere"}
+        return web.json_response(body | {"models": list(self.models.values()), "swarm": swarm})
 
     async def trust(self, request: web.Request) -> web.Response:
         self.trusted[request.match_info["publisher"]] = (await request.json())["scopes"]

@@ -112,6 +112,10 @@ class FarLab:
         assert peer == LAB.public
         return await self.calling.request(self.prefix + method, value, timeout)
 
+    def exchange(self, peer, method, value, timeout):
+        assert peer == LAB.public
+        return self.calling.exchange(self.prefix + method, value, timeout)
+
     async def blobs(self, peer):
         assert peer == LAB.public
         return self.source

@@ -55,7 +55,7 @@ def test_peers_are_a_live_mapping_by_key_address_petname_and_label(lab, gateway)
     assert (allowed.scopes, allowed.envelopes) == (("infer:digits",), {})
     lab.name_peer(ALICE, "al")
     lab.allow("cd" * 32, ["infer"])
-    gateway.peers[ALICE] |= {"route": "punched", "round_trip": 0.02, "versions": 3}
+    gateway.peers[ALICE] |= {"route": "punched", "round_trip": 0.02, "versions": 3, "models": ["net"], "region": "eu", "load": 20}
     assert list(lab.peers) == [ALICE, "cd" * 32]
     for name in (ALICE, "al", "alice's laptop"):
         assert lab.peers[name].peer == ALICE
@@ -65,8 +65,13 @@ def test_peers_are_a_live_mapping_by_key_address_petname_and_label(lab, gateway)
     assert repr(lab.peers["al"]) == "<Peer al: infer:digits, connected (punched)>"
     assert repr(lab.peers) == f"<peers: al allowed, {'cd' * 6} allowed>"
     html = lab.peers._repr_html_() + lab.peers["al"]._repr_html_()
-    assert "punched" in html
+    for shown in ("punched", "3: net", "eu", "20 %"):
+        assert html.count(shown) == 2
     assert ALICE not in html
+    gateway.peers["ef" * 32] = {"peer": "ef" * 32, "stranger": True, "route": "direct"}
+    assert repr(lab.peers).endswith(", and 1 other>")
+    assert "and 1 other" in lab.peers._repr_html_()
+    assert lab.peers["ef" * 32].route == "direct"
 
 
 def test_disallow_takes_what_is_named_or_everything_and_says_by_what_it_could_come_back(lab):

@@ -80,11 +80,11 @@ def brief_pauses(monkeypatch):
 
 @pytest.mark.usefixtures("brief_pauses")
 async def test_where_nothing_listens_the_error_says_how_to_start_a_lab():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    async with HttpClient(f"http://127.0.0.1:{port}") as client:
-        with pytest.raises(ServiceUnavailableError, match="tether up"):
-            await client.status()
+    with socket.socket() as taken:  # bound, so that nobody else comes to listen there meanwhile
+        taken.bind(("127.0.0.1", 0))
+        async with HttpClient(f"http://127.0.0.1:{taken.getsockname()[1]}") as client:
+            with pytest.raises(ServiceUnavailableError, match="tether up"):
+                await client.status()
 
 
 @pytest.mark.usefixtures("brief_pauses")

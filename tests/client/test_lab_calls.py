@@ -30,8 +30,9 @@ from tether.errors import (
 )
 from tether.lab.lab import Lab, connect
 from tether.lab.launch import Running
-from tether.lab.objects import Model, Status, tensor_text
+from tether.lab.objects import Model, Status, WorkerInfo, tensor_text
 from tether.lab.operations import Operations
+from tether.lab.swarm_state import SwarmState
 
 
 def test_publish_then_infer_numpy_in_numpy_out(lab, model_file):
@@ -197,6 +198,30 @@ def test_status_is_the_whole_lab(lab, gateway, model_file):
         ["gateway"],
         ["digits"],
     )
+    assert (status.swarm.state, status.swarm.peers, status.swarm.reachable) == ("on", 3, "ok")
+    assert "swarm on" in repr(status)
+
+
+@pytest.mark.parametrize(
+    ("swarm", "shown"),
+    [
+        (SwarmState(), "unknown"),
+        (SwarmState(state="off", detail="not needed yet: …"), "off: not needed yet: …"),
+        (SwarmState(state="failed", detail="a socket can't be bound"), "failed"),
+        (SwarmState(state="on", since=1.0, peers=2, reachable="note", detail="7 nodes known"), "on, not reachable from everywhere"),
+        (SwarmState(state="on", since=1.0), "on"),
+    ],
+)
+def test_a_notebook_shows_how_it_stands_with_the_swarm_in_words_that_do_not_change(swarm, shown):
+    assert f">{shown}<" in Status(swarm=swarm)._repr_html_()
+
+
+def test_a_lent_worker_shows_whose_it_is():
+    lent = WorkerInfo(id="lab-1", state="running", gpus=2, transport="swarm", slots=32, peer="ab" * 32)
+    assert repr(lent) == "<Worker lab-1: running, 2 GPU, swarm abababababab…>"
+    assert "swarm abababababab…" in lent._repr_html_()
+    assert "swarm abababababab…" in Status(workers=(lent,))._repr_html_()
+    assert WorkerInfo(id="worker-1").way == "unix"
 
 
 def test_html_is_escaped_and_has_nothing_that_changes_from_run_to_run(lab, gateway, model_file):
@@ -236,7 +261,7 @@ def test_every_call_has_a_sync_and_an_async_form_with_the_same_signature():
         assert inspect.signature(sync) == inspect.signature(later) == inspect.signature(getattr(Operations, name))
         assert sync.__doc__ == later.__doc__
     public = {name for name in vars(Lab) if not name.startswith("_")}
-    assert public == {form for name in inner - ends for form in (name, f"a{name}")} | {"close", "aclose", "gateway"}
+    assert public == {form for name in inner - ends for form in (name, f"a{name}")} | {"close", "aclose", "gateway", "events", "aevents"}
 
 
 async def test_in_a_running_loop_both_forms_work(gateway, model_file):

@@ -1,6 +1,7 @@
 """A lab elsewhere, as a notebook sees it: through the door of the user's own manager, with everything real but the swarm between."""
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -254,15 +255,17 @@ def test_where_the_model_may_keep_something_the_end_of_the_manager_is_told_and_t
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_pure_model_is_asked_again_however_often_the_way_to_its_lab_is_lost(far, lab_of_tiny, times):
-    request, left = far.request, [None] * times
+    exchange, left = far.exchange, [None] * times
 
+    @contextlib.asynccontextmanager
     async def lossy(peer, method, value, timeout):  # noqa: ASYNC109 (the port's)
         if method == "infer" and left:
             left.pop()
             raise StreamLostError("the connection was lost", "ECONNRESET")
-        return await request(peer, method, value, timeout)
+        async with exchange(peer, method, value, timeout) as answer:
+            yield answer
 
-    far.request = lossy
+    far.exchange = lossy
     np.testing.assert_array_equal(lab_of_tiny.infer("digits", X), X)
     assert left == []
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tether.errors import DeadlineExceededError, PeerUnreachableError
+from tether.errors import DeadlineExceededError, MalformedFeedError, PeerUnreachableError, UntrustedCodeError
 from tether.lab import replicating
 from tether.lab.replicating import Replica, Replicating
 
@@ -50,6 +50,14 @@ def coming(nbytes, error=None):
 async def test_nothing_comes_and_the_reason_is_told_with_what_ends_it():
     with pytest.raises(PeerUnreachableError, match=r"No node of the DHT answers here\. .*--release"):
         await Lab(coming(0, UNREACHABLE)).replicate("digits")
+
+
+@pytest.mark.parametrize(("code", "error"), [("untrusted_code", UntrustedCodeError), ("malformed_feed", MalformedFeedError)])
+async def test_a_refusal_that_no_waiting_mends_is_told_at_once(code, error):
+    lab = Lab(coming(0, (code, "tether trust ab --code")))
+    with pytest.raises(error, match="tether trust"):
+        await lab.replicate("digits", timeout=200)
+    assert lab.keeper.asked == 1
 
 
 @pytest.mark.usefixtures("_clock")

@@ -19,6 +19,7 @@ from tether.errors import MissingBlobsError, TetherError, UnknownModelError
 from tether.gateway.admission import Keys, fingerprint
 from tether.gateway.app import serve
 from tether.gateway.door import Settings
+from tether.gateway.event_log import EventLog
 from tether.ports import HopReply
 from tether.routing.table import ModelEntry, Table, VersionEntry, WorkerEntry
 from tether.types import ModelInfo, ModelVersion, TensorSpec
@@ -133,6 +134,7 @@ class TestDispatcher:
     def __init__(self):
         self.table = make_table()
         self.management = Manager()
+        self.events = EventLog()
         self.held, self.cancelled, self.hops = [], [], []
 
     async def status(self):
@@ -185,7 +187,7 @@ def running(settings=None, host="127.0.0.1"):
 
     thread = threading.Thread(target=live, name="gateway")
     thread.start()
-    up.wait(10)
+    up.wait(60)
     rig.call = rig.loop.call_soon_threadsafe
     rig.thread = thread
     try:
@@ -196,7 +198,7 @@ def running(settings=None, host="127.0.0.1"):
         thread.join(20)
 
 
-def until(condition, seconds=5.0):
+def until(condition, seconds=30.0):
     """Poll `condition` until it holds."""
     deadline = monotonic() + seconds
     while not condition():
@@ -206,7 +208,7 @@ def until(condition, seconds=5.0):
 
 def ask(rig, method, path, body=None, headers=None):
     """One exchange: status, headers, parsed body (bytes where it is not JSON)."""
-    connection = http.client.HTTPConnection(rig.host, rig.port, timeout=10)
+    connection = http.client.HTTPConnection(rig.host, rig.port, timeout=30)
     try:
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()
@@ -223,7 +225,7 @@ class Wire:
     """A raw connection, and a reader of its answers."""
 
     def __init__(self, rig):
-        self.socket = socket.create_connection((rig.host, rig.port), timeout=10)
+        self.socket = socket.create_connection((rig.host, rig.port), timeout=30)
         self.buffer = b""
 
     def __enter__(self):

@@ -361,7 +361,7 @@ def test_the_end_lets_open_requests_finish_and_closes_idle_connections():
         rig.call(rig.dispatcher.held.pop()[1], HopReply(200, b"{}"))
         assert open_one.answer()[0] == 200
         assert open_one.closed()
-        rig.thread.join(5)
+        rig.thread.join(30)
         assert not rig.thread.is_alive()
 
 
@@ -370,7 +370,7 @@ def test_the_end_does_not_wait_for_ever():
         wire.send(post("/v2/models/held/infer"))
         until(lambda: rig.dispatcher.held)
         rig.call(rig.stop.set)
-        rig.thread.join(5)
+        rig.thread.join(30)
         assert not rig.thread.is_alive()
         with pytest.raises((EOFError, ConnectionError)):
             wire.answer()

@@ -208,7 +208,8 @@ def test_management_is_mapped_one_to_one(gateway):
         ("verify", "ident", 1),
     ]
     assert ask(gateway, "GET", "/tether/v1/status", headers=AUTH)[2] == {"services": []}
-    assert ask(gateway, "GET", "/tether/v1/workers", headers=AUTH)[2]["workers"][0]["id"] == "worker-1"
+    (worker,) = ask(gateway, "GET", "/tether/v1/workers", headers=AUTH)[2]["workers"]
+    assert (worker["id"], worker["transport"], worker["slots"], worker["peer"]) == ("worker-1", "unix", None, None)
     assert ask(gateway, "PUT", "/tether/v1/trust/alice", {"scopes": ["code"]}, AUTH)[2] == {"publisher": "alice", "scopes": ["code"]}
 
 

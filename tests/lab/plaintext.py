@@ -44,13 +44,16 @@ class Plaintext:
         for path in (path for folder in folders for path in files_below(folder)):
             if any(Path(other) in path.parents for other in spare):
                 continue
-            try:
-                count = self.hits(path.read_bytes())
-            except FileNotFoundError:  # it was there for a moment
-                continue
-            if count:
+            if count := self.hits_in(path):
                 hits[path] = count
         return hits
+
+    def hits_in(self, path):
+        """How many of the positions of a file begin with one of them; none of one that was there for a moment."""
+        try:
+            return self.hits(path.read_bytes())
+        except FileNotFoundError:
+            return 0
 
     def found_in_names(self, *folders):
         """Whether a window is a part of a path."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import pickle
 import signal
@@ -26,7 +27,8 @@ from tether.routing.table import Table
 from tether.security.tls import ensure_tls
 from tether.store import Repository
 
-PROMPT = 20.0
+PROMPT = 60.0
+"""Seconds that any of this may take on a busy machine before the test fails."""
 DASK = Path(sys.executable).with_name("dask")
 
 
@@ -49,11 +51,18 @@ def listeners(data):
     """Host and port of every TCP socket that a process of the lab listens on: those that name its data folder, and all their children."""
     named = [each for each in psutil.process_iter(["cmdline"]) if any(str(data) in part for part in each.info["cmdline"] or ())]
     found, pids = set(), set()
-    for process in [*named, *(child for each in named for child in each.children(recursive=True))]:
-        if process.pid != os.getpid():
-            pids.add(process.pid)
-            found |= {tuple(each.laddr) for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    for process in [*named, *(child for each in named for child in children(each))]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that was there for a moment
+            if process.pid != os.getpid():
+                found |= {tuple(each.laddr) for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+                pids.add(process.pid)
     return found, pids
+
+
+def children(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
 
 
 def tls_addresses(lab):
@@ -152,24 +161,29 @@ def test_dasks_commands_with_our_preload_refuse_to_run_without_tls(arguments, ad
     assert advice in ended.stderr
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def told_address(path):
+    """What a scheduler wrote of itself; None: it is not there yet."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        return json.loads(path.read_text())["address"]
 
 
 def test_dasks_scheduler_and_worker_with_tls_and_our_preloads_are_an_orchestrator_and_its_worker(tmp_path):
-    files, port, home = ensure_tls(tmp_path, "orchestrator"), free_port(), tmp_path / "home"
+    files, told, home = ensure_tls(tmp_path, "orchestrator"), tmp_path / "scheduler.json", tmp_path / "home"
     Repository.open(DataFolder.locate(home).create().store).close()
-    address = f"tls://127.0.0.1:{port}"
     flags = ["--tls-ca-file", files.ca, "--tls-cert", files.certificate, "--tls-key", files.key, "--dashboard-address", "127.0.0.1:0"]
-    scheduler = ["scheduler", "--protocol", "tls", "--host", "127.0.0.1", "--port", str(port), "--preload", "tether.orchestrator.preload"]
-    worker = ["worker", address, "--no-nanny", "--nthreads", "1", "--preload", "tether.worker.preload"]
+    scheduler = ["scheduler", "--protocol", "tls", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", told]
     environment = os.environ | {"DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True", "TETHER_HOME": str(home)}
     with contextlib.ExitStack() as running:
-        for each in (scheduler, worker):
-            process = subprocess.Popen([DASK, *each, *flags], env=environment, stderr=subprocess.DEVNULL, cwd=tmp_path)
+
+        def start(*command):
+            process = subprocess.Popen([DASK, *command, *flags], env=environment, stderr=subprocess.DEVNULL, cwd=tmp_path)
             running.callback(process.wait, PROMPT)
             running.callback(process.terminate)
+            return process
+
+        start(*scheduler, "--preload", "tether.orchestrator.preload")
+        address = eventually(lambda: told_address(told))
+        process = start("worker", address, "--no-nanny", "--nthreads", "1", "--preload", "tether.worker.preload")
         tables = eventually(lambda: asyncio.run(table_of(address, Security(**files.security()))).workers)
     (entry,) = tables.values()
     assert (entry.state, entry.pid) == ("running", process.pid)

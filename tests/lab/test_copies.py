@@ -1,17 +1,19 @@
 """Three labs that hold copies of one publisher's models, as its policy says; the publisher dies, and nothing is lost."""
 
+import asyncio
 import contextlib
 import json
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 from conftest import WEIGHTS, write_model
 
 import tether
+from tether.cli import tether as command
 from tether.errors import ForbiddenError, UnavailableError
 from tether.testing.requirements import needs
 from tether.testing.testnet import testnet
@@ -38,8 +40,29 @@ def until(condition, patience=PATIENCE):
 
 
 def cli(*words):
-    command = [sys.executable, "-m", "tether", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    done = CliRunner().invoke(command, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+@contextlib.contextmanager
+def labs(*folders):
+    """One on each; they end at the same time."""
+    started = [tether.up(workers=1, data=folder) for folder in folders]
+    try:
+        yield started
+    finally:
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(tether.Lab.close, started))
+
+
+async def publish_all(lab, folder):
+    """Side by side: each is looked at in a process of its own."""
+
+    async def publish(number, name):
+        await lab.apublish(name, write_model(folder / f"{name}.onnx", number + 1.0))
+
+    await asyncio.gather(*(publish(number, name) for number, name in enumerate(MODELS)))
 
 
 def is_whole_again(lab):
@@ -58,19 +81,14 @@ def kill(data):
 
 
 def test_thirty_models_have_two_copies_each_and_again_two_after_their_publisher_died(tmp_path, measured):
-    with (
-        tether.up(workers=1, data=tmp_path / "his") as his,
-        tether.up(workers=1, data=tmp_path / "theirs") as theirs,
-    ):
-        hers = tether.up(workers=1, data=tmp_path / "hers")
+    with labs(tmp_path / "his", tmp_path / "theirs", tmp_path / "hers") as (his, theirs, hers):
         invitation = str(hers.invite(scope="replicate", uses=2))
         with pytest.raises(ForbiddenError, match="replicate"):
             his.hold(hers.address)
         for lab in (his, theirs):
             lab.hold(invitation)
             lab.name_peer(hers.address, "alice")
-        for number, name in enumerate(MODELS):
-            hers.publish(name, write_model(tmp_path / "m.onnx", number + 1.0))
+        asyncio.run(publish_all(hers, tmp_path))
         began = time.monotonic()
         hers.policy("m00", copies=3, pin=[his.address], budget=10**9)
         assert hers.policies()["m00"].budget == 10**9

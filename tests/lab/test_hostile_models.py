@@ -15,6 +15,7 @@ import psutil
 import pytest
 from conftest import WEIGHTS, write_model
 from hostile_models import BAD, Hostile, chosen, corpus
+from plaintext import files_below
 from weight_reading import resident
 
 import tether
@@ -183,12 +184,16 @@ def flaw(case: Hostile, seen: Seen) -> str:
 
 def holds(folder: Path, *wanted: bytes) -> list[str]:
     """The files below the folder that hold one of these."""
-    pattern = re.compile(b"|".join(map(re.escape, wanted)))
-    return [str(each) for each in folder.rglob("*") if each.is_file() and pattern.search(each.read_bytes())]
+    pattern, found = re.compile(b"|".join(map(re.escape, wanted))), []
+    for each in files_below(folder):
+        with contextlib.suppress(FileNotFoundError):  # a lab that runs has files that are there for a moment
+            if pattern.search(each.read_bytes()):
+                found.append(str(each))
+    return found
 
 
 def nbytes_below(folder: Path) -> int:
-    return sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+    return sum(each.stat().st_size for each in files_below(folder))
 
 
 @pytest.mark.chaos
@@ -333,7 +338,7 @@ def test_one_blob_named_so_often_that_it_fills_the_disk_is_refused_before_a_byte
     with pytest.raises(NoSpaceError if count < 500_000 else PayloadTooLargeError):
         loop.run(lab.operations.client.publish("lies", {"files": [file], "entry": "m.onnx"}))
 
-    assert time.monotonic() - begun < SECONDS
+    assert time.monotonic() - begun < SECONDS * busy()
 
 
 LINKING = """

@@ -8,6 +8,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -24,7 +25,7 @@ from tether.errors import ConfigError, LabRunningError, StartFailedError
 from tether.lab import launch as launching
 from tether.lab import supervisor as supervising
 from tether.lab.launch import Running, UpSettings, launch, running, settled
-from tether.lab.ports import ports_lock
+from tether.lab.ports import PortPicker, ports_lock
 from tether.lab.processes import Process, ServiceSpec
 from tether.lab.supervisor import LAB_FILE, LOCK_FILE, Supervisor, gpu_count
 
@@ -190,9 +191,9 @@ async def test_state_that_cannot_be_written_is_no_error_and_a_lost_folder_is_mad
 
 async def test_a_start_that_takes_too_long_names_the_service_and_its_log(data, service, monkeypatch):
     service(f"echo deep in thought; {SILENT}")
-    monkeypatch.setattr(supervising, "START_TIMEOUT", 1.0)
+    monkeypatch.setattr(supervising, "START_TIMEOUT", 3.0)
     supervisor = Supervisor(UpSettings(data, gateway=False))
-    with pytest.raises(StartFailedError, match=r"(?s)orchestrator is not up after 1 s.*deep in thought"):
+    with pytest.raises(StartFailedError, match=r"(?s)orchestrator is not up after 3 s.*deep in thought"):
         await supervising._start_alone(supervisor, data)
     await supervisor.stop()
     assert not data.runtime.exists()
@@ -252,6 +253,33 @@ def test_the_ports_lock_is_not_opened_through_a_link(tmp_path):
     (tmp_path / "ports.lock").symlink_to(tmp_path / "theirs")
     with pytest.raises(ConfigError, match="remove it"), ports_lock(tmp_path):
         pass
+
+
+PICKING = """
+import sys
+from pathlib import Path
+from tether.lab.ports import PortPicker
+picker = PortPicker("127.0.0.1", Path(sys.argv[1]))
+print(picker.free("worker-1", int(sys.argv[2])), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_port_of_a_service_that_is_started_again_is_given_to_no_other_lab(tmp_path):
+    first = PortPicker("127.0.0.1", tmp_path)
+    port = first.free("worker-1", 18_001)
+    with subprocess.Popen(
+        [sys.executable, "-c", PICKING, tmp_path, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        theirs = int(other.stdout.readline())
+        assert theirs > port
+        first.close()
+        again = PortPicker("127.0.0.1", tmp_path)
+        assert again.free("worker-1", port) == port
+        assert again.free("worker-2", theirs) > theirs
+        other.kill()
+    assert again.free("worker-3", theirs) == theirs
+    again.close()
 
 
 def interrupted(*_):

@@ -8,16 +8,26 @@ import time
 import pytest
 from click.testing import CliRunner
 
+import tether
 from tether.cli import tether as command
-from tether.errors import ScopeStillOpenError, UnauthenticatedError
+from tether.errors import ScopeStillOpenError, UnauthenticatedError, UnsupportedError
 from tether.lab.lab import connect
-from tether.security.addresses import Link
+from tether.security.addresses import Address, Link
 from tether.security.identity import Identity
+from tether.testing.requirements import needs
 
 ALICE, BOB = (Identity(bytes([number]) * 32).public for number in (11, 12))
 PROMPT = 30.0
 
 
+@pytest.fixture
+def own_lab(tmp_path):
+    """One that may be on the swarm: another one invites nobody."""
+    with tether.up(workers=1, data=tmp_path / "data") as lab:
+        yield lab
+
+
+@needs("pythonmonkey")
 def test_who_is_let_in_is_known_to_python_and_the_command_line_and_after_the_manager_was_killed(own_lab, tmp_path):
     lab = own_lab
 
@@ -53,6 +63,18 @@ def test_who_is_let_in_is_known_to_python_and_the_command_line_and_after_the_man
     files = {path.name: path.stat().st_mode & 0o077 for path in (tmp_path / "data").glob("access.sqlite*")}
     assert "access.sqlite" in files
     assert set(files.values()) == {0}
+
+
+def test_a_lab_that_speaks_with_no_other_one_says_so_to_whoever_wants_to_let_somebody_in_or_go_elsewhere(lab):
+    address = str(Address(ALICE))
+    for call, *arguments in ((lab.invite, "digits"), (lab.join, address), (lab.hold, address), (lab.replicate, "digits", address)):
+        with pytest.raises(UnsupportedError, match="--no-swarm"):
+            call(*arguments)
+    assert lab.invitations() == []
+    assert "--no-swarm" in lab.allow(ALICE, "infer:digits").note
+    assert lab.disallow(ALICE).scopes == ()
+    swarm = lab.status().swarm
+    assert (swarm.state, "--no-swarm" in swarm.detail) == ("off", True)
 
 
 def test_a_caller_without_the_key_learns_and_changes_nothing(lab):

@@ -83,17 +83,18 @@ async def test_many_that_begin_at_once_start_one(folder):
 
 
 async def test_of_two_that_are_started_past_each_other_one_goes_and_says_so(folder):
-    racing = [alone(folder, "--idle", "1", stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    racing = [alone(folder, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    loser = await until(lambda: next((process for process in racing if process.poll() is not None), None))
+    await dismiss(folder, SECONDS)
     codes = await asyncio.gather(*map(ended, racing))
-    assert sorted(codes) == [0, TAKEN]
-    loser = racing[codes.index(TAKEN)]
+    assert (sorted(codes), loser.returncode) == ([0, TAKEN], TAKEN)
     assert "lab_running" in loser.stderr.read()
     for process in racing:
         process.stderr.close()
 
 
 async def test_a_client_whose_start_races_with_another_s_connects_to_the_one_that_won(folder):
-    with alone(folder, "--idle", "3", stderr=subprocess.DEVNULL) as other:
+    with alone(folder, stderr=subprocess.DEVNULL) as other:
         own = OwnManager(folder)
         pid = (await hello(own))["pid"]
         if pid != other.pid:
@@ -105,11 +106,11 @@ async def test_a_client_whose_start_races_with_another_s_connects_to_the_one_tha
 
 
 async def test_it_ends_by_itself_after_its_last_client(folder):
-    with alone(folder, "--idle", "0.4") as process:
+    with alone(folder, "--idle", "1.5") as process:
         await until(folder.door.exists)
         own = OwnManager(folder)
         await hello(own)
-        await asyncio.sleep(0.8)
+        await asyncio.sleep(2.0)
         assert process.poll() is None, "a client is there"
         await own.aclose()
         assert await ended(process) == 0

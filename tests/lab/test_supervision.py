@@ -26,7 +26,7 @@ from tether.lab.launch import running
 from tether.security.keys import ensure_api_key
 
 X = np.random.default_rng(5).random((3, 16), dtype=np.float32)
-PROMPT = 20.0
+PROMPT = 60.0
 """Seconds that any of this may take on a busy machine before the test fails."""
 
 
@@ -156,7 +156,7 @@ def test_close_leaves_no_process_and_a_new_lab_finds_the_models(tmp_path):
         lab.publish("tiny", write_model(tmp_path / "model.onnx"))
         lab.infer("tiny", X)
         assert len(processes_of(tmp_path / "data")) >= 4
-        assert any(DataFolder(tmp_path / "data").runtime.rglob("*.sock"))
+        assert any(name.endswith(".sock") for _, _, names in os.walk(DataFolder(tmp_path / "data").runtime) for name in names)
     assert processes_of(tmp_path / "data") == []
     assert not DataFolder(tmp_path / "data").runtime.exists()
     with tether.up(workers=1, data=tmp_path / "data") as lab:
@@ -247,7 +247,7 @@ def test_tether_up_in_a_terminal_ends_cleanly(tmp_path, started, number):
 
 def test_a_second_tether_up_on_the_folder_is_refused_with_what_to_do(lab):
     command = [sys.executable, "-m", "tether", "up", "--data", lab.status().data]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PROMPT, check=False)
     assert done.returncode == 1
     assert "[lab_running]" in done.stderr
     assert "tether down" in done.stderr

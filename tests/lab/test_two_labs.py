@@ -3,17 +3,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 from conftest import WEIGHTS, write_model
 
 import tether
+from tether.cli import tether as command
 from tether.errors import (
     BadInputError,
     BadInvitationError,
@@ -143,6 +143,16 @@ def test_with_the_feed_all_models_come_those_to_come_too(hers, his, tmp_path):
     his.release("*", hers.address)
 
 
+def test_whose_right_to_the_feed_is_taken_back_goes_on_keeping_single_models(hers, his, tmp_path):
+    hers.publish("single", write_model(tmp_path / "m.onnx"))
+    his.join(str(hers.invite(scope=["replicate", "replicate:single"])))
+    name = his.replicate("single", hers.address, timeout=PATIENCE).name
+    hers.disallow(his.address, "replicate")
+    hers.publish("single", write_model(tmp_path / "m.onnx", 2.0))
+    until(lambda: answers(his, name, 2))
+    his.release("single", hers.address)
+
+
 def test_who_only_connects_can_keep_a_model_too_and_publish_where_it_may(hers, tmp_path):
     hers.publish("open", write_model(tmp_path / "m.onnx"), example=ROWS)
     invitation = hers.invite(scope=["replicate:open", "infer:open", "publish:open"])
@@ -162,9 +172,12 @@ def test_what_nobody_has_or_allows_is_said_and_not_kept(hers, his, tmp_path):
     hers.publish("hidden", write_model(tmp_path / "m.onnx"))
     with pytest.raises(ForbiddenError, match="invitation"), tether.connect(hers.address, data=tmp_path / "stranger"):
         pass
+    invitation = str(hers.invite("feed-none", scope="replicate"))
+    with tether.connect(invitation, data=tmp_path / "limited") as limited, pytest.raises(NotFoundError):
+        limited.replicate("hidden", timeout=PATIENCE)
     his.join(str(hers.invite("feed-none", scope="replicate")))
     with pytest.raises(NotFoundError):
-        his.replicate("hidden", hers.address, timeout=PATIENCE)
+        his.replicate("nothing", hers.address, timeout=PATIENCE)
     with pytest.raises(BadInputError, match="whose"):
         his.replicate("hidden")
     with pytest.raises(BadInputError, match="own"):
@@ -174,13 +187,23 @@ def test_what_nobody_has_or_allows_is_said_and_not_kept(hers, his, tmp_path):
     assert his.replicas() == []
 
 
-def test_a_lab_that_was_killed_is_back_under_its_address(tmp_path, measured):
+def test_a_lab_is_on_the_swarm_once_somebody_is_invited_and_back_under_its_address_when_it_was_killed(tmp_path, measured):
     """Its manager, which alone is on the swarm: the supervisor starts it again, and colleagues call as before."""
     with tether.up(workers=1, data=tmp_path / "hers") as hers:
+        manager = _manager(hers)
+        assert psutil.Process(manager.pid).net_connections("udp") == []
+        assert hers.address.startswith("tether://")
+        assert hers.status().swarm.detail.startswith("not needed yet")
         hers.publish("digits", write_model(tmp_path / "m.onnx"))
-        with tether.connect(str(hers.invite("digits")), data=tmp_path / "colleague") as lab:
+        invitation = str(hers.invite("digits"))
+        until(lambda: psutil.Process(manager.pid).net_connections("udp"))
+        swarm = until(lambda: (swarm := hers.status().swarm).reachable == "ok" and swarm)
+        assert (swarm.state, swarm.address) == ("on", hers.address)
+        assert swarm.since <= time.time()
+
+        with tether.connect(invitation, data=tmp_path / "colleague") as lab:
             assert answers(lab, "digits", 1)
-            (manager,) = [service for service in hers.status().services if service.role == "manager"]
+            assert hers.status().swarm.peers == 1
             os.kill(manager.pid, signal.SIGKILL)
             killed = time.monotonic()
             assert answers(lab, "digits", 1)  # one call: it is made again, since the model is pure
@@ -191,13 +214,13 @@ def test_a_lab_that_was_killed_is_back_under_its_address(tmp_path, measured):
 
 def test_a_manager_that_grew_too_heavy_is_replaced_and_no_call_of_a_colleague_is_lost(tmp_path, monkeypatch, measured):
     monkeypatch.setenv("TETHER_MAX_WEIGHT_NBYTES", "1000")
-    monkeypatch.setenv("TETHER_WEIGHING", "3")
+    monkeypatch.setenv("TETHER_WEIGHING", "2")
     with tether.up(workers=1, data=tmp_path / "hers") as hers:
         monkeypatch.undo()
         hers.publish("digits", write_model(tmp_path / "m.onnx"))
         invitation = str(hers.invite("digits"))
         with until(lambda: _connected(invitation, tmp_path / "colleague")) as lab:
-            seconds = _time_calls(lab, 200, 0.03, lambda: _manager(hers).restarts)
+            seconds = _time_calls(lab, 100, 0.03, lambda: _manager(hers).restarts)
         address = hers.address
         assert _manager(hers).restarts >= 1
         assert hers.address == address
@@ -229,38 +252,33 @@ def _time_calls(lab, count, pause, is_enough):
     return seconds
 
 
-def test_a_lab_nobody_was_invited_to_is_not_on_the_swarm(tmp_path):
-    with tether.up(workers=1, data=tmp_path / "quiet") as lab:
-        (manager,) = [service for service in lab.status().services if service.role == "manager"]
-        sockets = psutil.Process(manager.pid).net_connections("udp")
-        assert sockets == []
-        assert lab.address.startswith("tether://")
-        lab.invite("digits")
-        until(lambda: psutil.Process(manager.pid).net_connections("udp"))
+def cli(folder, *words):
+    done = CliRunner().invoke(command, [*map(str, words), "--data", str(folder)])
+    return done.exit_code, done.stdout, done.stderr
 
 
-def test_no_swarm_speaks_with_nobody_and_says_so(hers, tmp_path):
-    with tether.up(workers=1, data=tmp_path / "island", swarm=False) as lab, pytest.raises(UnsupportedError, match="no-swarm"):
-        lab.join(hers.address)
-
-
-def test_the_command_line_tells_the_same_story(hers, tmp_path):
-    def cli(*words):
-        command = [sys.executable, "-m", "tether", *words, "--data", str(tmp_path / "cli")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-        return done.returncode, done.stdout, done.stderr
-
+def test_the_command_line_tells_the_same_story(hers, his, tmp_path):
+    folder = his.status().data
     hers.publish("told", write_model(tmp_path / "m.onnx"))
-    with tether.up(workers=1, data=tmp_path / "cli"):
-        code, out, err = cli("enrol", str(hers.invite("told", scope=["replicate", "infer"])), "--json")
-        assert (code, json.loads(out or "{}").get("scopes")) == (0, ["infer:told", "replicate:told"]), err
-        assert cli("peers", "name", hers.address, "alice")[0] == 0
-        code, out, err = cli("replicate", "alice/told")
-        assert (code, out) == (0, "alice~told: 1 version here\n"), err
-        assert "told" in cli("replicate")[1]
-        assert cli("replicate", "told")[0] == 1
-        code, out, _ = cli("peers", "--json")
-        assert [row["petname"] for row in json.loads(out)["peers"]] == ["alice"]
+    code, out, err = cli(folder, "enrol", hers.invite("told", scope=["replicate", "infer"]), "--json")
+    assert (code, {"infer:told", "replicate:told"} - set(json.loads(out or "{}").get("scopes", ()))) == (0, set()), err
+    assert cli(folder, "peers", "name", hers.address, "alice")[0] == 0
+    code, out, err = cli(folder, "replicate", "alice/told")
+    assert (code, out) == (0, "alice~told: 1 version here\n"), err
+    assert "told" in cli(folder, "replicate")[1]
+    assert cli(folder, "replicate", "told")[0] == 1
+    code, out, _ = cli(folder, "peers", "--json")
+    (row,) = [row for row in json.loads(out)["peers"] if row["petname"]]
+    assert (row["petname"], row["address"]) == ("alice", hers.address)
+    assert cli(folder, "replicate", "alice/told", "--release")[0] == 0
+
+
+def test_an_invitation_is_used_from_the_command_line_where_no_lab_runs_too(hers, tmp_path):
+    hers.publish("enrolled", write_model(tmp_path / "m.onnx"))
+    code, out, err = cli(tmp_path / "colleague", "enrol", hers.invite("enrolled"))
+    assert (code, out) == (0, f"{hers.address} lets this lab in: infer:enrolled\n"), err
+    with tether.connect(hers.address, data=tmp_path / "colleague") as lab:
+        assert answers(lab, "enrolled", 1)
 
 
 def test_many_calls_at_once_are_each_answered(hers, tmp_path):

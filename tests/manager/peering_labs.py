@@ -16,7 +16,7 @@ from tether.manager.publishing import Publisher
 from tether.security.access import Access
 from tether.security.access_file import AccessFile
 from tether.security.identity import Identity
-from tether.security.scopes import Scope
+from tether.security.scopes import Scope, Scopes
 from tether.store import Manifest, Repository, digest_of, encode, signed_message
 from tether.swarm.blobs.blobs import BlobConnection
 from tether.swarm.feeds.entries import Content
@@ -91,6 +91,10 @@ class Lab:
     def allow(self, *others, scopes=("replicate",)):
         for other in others:
             self.access.allow(other.key, map(Scope.parse, scopes))
+
+    def disallow(self, *others, scopes):
+        for other in others:
+            self.access.disallow(other.key, Scopes.parse(scopes))
 
     async def connect(self, peer):
         await asyncio.sleep(0)

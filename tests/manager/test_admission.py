@@ -16,16 +16,18 @@ from tether.errors import (
     ScopeStillOpenError,
     UnknownModelError,
 )
-from tether.manager.admission import Connected
+from tether.manager.admission import Neighbour
 from tether.manager.feed import Changes
 from tether.manager.operations import Operations
 from tether.security.addresses import Address, Link
 from tether.security.identity import Identity
-from tether.store import Repository
+from tether.store import Manifest, Repository, digest_of, encode, signed_message
 from tether.store.format.encrypted import ModelContext
+from tether.swarm.records.records import Capabilities, Gpu, Held, parse, sign
+from tether.types import Digest, ModelInfo
 
 LAB = Identity(bytes(range(32)))
-ALICE, BOB, CAROL = (Identity(bytes([number]) * 32) for number in range(1, 4))
+ALICE, BOB, CAROL, DAVE = (Identity(bytes([number]) * 32) for number in range(1, 5))
 
 
 @pytest.fixture
@@ -195,11 +197,38 @@ async def test_peers_are_those_let_in_named_or_connected_and_the_connection_is_t
     await admission.allow(ALICE.public, ["infer"])
     await admission.name_peer(BOB.public, "bob")
     assert {peer["route"] for peer in await admission.peers()} == {None}
-    admission.connections = lambda: [Connected(ALICE.public, "punched", 0.02, 7), Connected(CAROL.public, "direct", None, None)]
+    asked = []
+
+    async def neighbourhood(known):
+        asked.append(known)
+        return [Neighbour(ALICE.public, "punched", 0.02), Neighbour(CAROL.public, "direct"), Neighbour(DAVE.public, "direct", is_met=True)]
+
+    admission.neighbourhood = neighbourhood
     rows = {peer["peer"]: peer for peer in await admission.peers()}
-    assert rows.keys() == {ALICE.public, BOB.public, CAROL.public}
-    assert [rows[ALICE.public][name] for name in ("route", "round_trip", "versions")] == ["punched", 0.02, 7]
+    assert asked == [{ALICE.public, BOB.public}]
+    assert rows.keys() == {ALICE.public, BOB.public, CAROL.public, DAVE.public}
+    assert [rows[ALICE.public][name] for name in ("route", "round_trip", "versions")] == ["punched", 0.02, None]
     assert (rows[BOB.public]["petname"], rows[BOB.public]["since"], rows[CAROL.public]["route"]) == ("bob", None, "direct")
+    assert [key for key, row in rows.items() if row["stranger"]] == [CAROL.public]
+
+
+async def test_what_a_lab_says_of_itself_is_told_with_the_names_that_its_versions_have_here(admission, operations):
+    info = ModelInfo("onnx", "onnx", (), (), batched=False, pure=True, code=False)
+    data = encode(Manifest(framework="onnx", entry="m", info=info, arrays=(operations.repository.add_bytes("m", b"weights"),)))
+    operations.repository.publish("digits", data, LAB.public, LAB.sign(signed_message(data)))
+    digests = (digest_of(data), Digest("f" * 64))
+    held = tuple(Held(LAB.public, "any", number, digest, 7, loaded=False) for number, digest in enumerate(digests, 1))
+    offered = Capabilities(held, serves=True, region="eu-west", gpus=(Gpu("H100", 2, 80 << 30),), load=30)
+    record = parse(sign(ALICE, offered, 5, 1000.0))
+
+    async def neighbourhood(_):
+        return [Neighbour(ALICE.public, record=record)]
+
+    admission.neighbourhood = neighbourhood
+    (row,) = await admission.peers()
+    assert (row["versions"], row["models"], row["region"], row["load"], row["serves"]) == (2, ["digits"], "eu-west", 30, True)
+    assert (row["gpus"], row["said"], row["route"]) == ([{"name": "H100", "count": 2, "nbytes": 80 << 30}], 1000.0, None)
+    assert row["stranger"]
 
 
 async def test_each_change_counts_and_one_who_comes_again_changes_nothing(admission, operations):

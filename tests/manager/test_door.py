@@ -31,7 +31,7 @@ from tether.manager.peering.door import Door
 from tether.security.addresses import Address, Link, Secret
 from tether.security.identity import Identity
 from tether.store import FILES, Repository
-from tether.swarm.rpc.rpc import RpcConnection
+from tether.swarm.rpc.rpc import Incoming, Outgoing, RpcConnection
 from tether.swarm.wire import local
 from tether.swarm.wire.local import THIS_USER
 from tether.wire.heads import joined, parted
@@ -54,7 +54,8 @@ class Elsewhere:
         self.links.append(link)
         return {"publisher": link.address.key, "scopes": ["infer"] if link.secret else None}
 
-    async def request(self, peer, method, value, timeout):  # noqa: ASYNC109 (the port's)
+    @contextlib.asynccontextmanager
+    async def exchange(self, peer, method, value, timeout):  # noqa: ASYNC109 (the port's)
         self.calls.append((peer, method, timeout))
         if method == "held":
             self.held += 1
@@ -63,7 +64,9 @@ class Elsewhere:
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
-        return value
+        if isinstance(value, Outgoing):
+            value = b"".join([part async for piece in value.pieces() for part in piece])
+        yield Incoming.whole(value)
 
     async def blobs(self, peer):
         assert peer == OTHER.public
@@ -228,7 +231,7 @@ async def test_blobs_come_from_another_lab_or_are_said_to_be_gone(manager, call)
 async def test_a_call_that_is_taken_back_is_taken_back_from_the_other_lab_too(manager, call):
     held = joined({"peer": OTHER.public, "method": "held"})
     with pytest.raises(DeadlineExceededError):
-        await call("peer/call", held, timeout=0.1)
+        await call("peer/call", held, timeout=0.5)  # within which it has to arrive
     await until(lambda: manager.peers.cancelled == 1)
     calling = asyncio.create_task(call("peer/call", held))
     await until(lambda: manager.peers.held == 2)
@@ -263,9 +266,9 @@ async def test_clients_are_counted_and_their_absence_is_timed(manager):
 
 
 async def test_deserted_is_told_once_nobody_was_there_for_long_enough(manager):
-    deserted = asyncio.create_task(manager.door.deserted(0.15))
     async with manager.client() as call:
         await call("door/hello")
+        deserted = asyncio.create_task(manager.door.deserted(0.15))
         await asyncio.sleep(0.3)
         assert not deserted.done()
     left = asyncio.get_running_loop().time()

@@ -90,11 +90,13 @@ def collected(repository, *, rests, until):
     """A collection's thread that has come that far."""
     collection = FollowerCollection(repository, rests, every=0.01, first=0.0)
     collection.start()
-    deadline = time.monotonic() + PROMPT
-    while not until(collection):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    collection.stop()
+    try:
+        deadline = time.monotonic() + PROMPT
+        while not until(collection):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        collection.stop()
     return collection
 
 
@@ -107,11 +109,11 @@ async def test_what_the_writer_deleted_goes_at_the_follower_too_a_day_later(pair
     await pair.tell()
     assert len(packs(pair.follower)) == 2
 
-    await asyncio.to_thread(collected, pair.follower, rests=lambda: True, until=lambda each: each.rounds == 2)
+    await asyncio.to_thread(collected, pair.follower, rests=lambda: True, until=lambda each: each.rounds >= 2)
     assert len(packs(pair.follower)) == 2  # a deletion can still be taken back
     position = pair.follower.footing().position
     pair.clock.now += DAY
-    await asyncio.to_thread(collected, pair.follower, rests=lambda: True, until=lambda each: each.rounds == 1)
+    await asyncio.to_thread(collected, pair.follower, rests=lambda: True, until=lambda each: each.rounds >= 1)
 
     assert (len(packs(pair.follower)), len(packs(pair.writer))) == (1, 2)
     assert pair.follower.verify().problems == ()
@@ -151,7 +153,7 @@ def test_a_refusal_is_said_and_tried_again(tmp_path, monkeypatch):
 
     with Repository.open(tmp_path / "store", own=LAB.public) as repository:
         monkeypatch.setattr(repository, "gc", gc)
-        assert collected(repository, rests=lambda: True, until=lambda each: each.rounds == 1).rounds == 1
+        assert collected(repository, rests=lambda: True, until=lambda each: each.rounds).rounds
 
 
 async def test_collecting_while_versions_come_go_and_come_again_loses_nothing_that_is_named(pair):

@@ -13,7 +13,7 @@ from tether.manager.peering.agreements import Agreements, Holding
 from tether.manager.peering.copying import Copying, CopyingSide, agreed, labs_of, readers_of
 from tether.manager.peering.feed_content import content_of
 from tether.manager.peering.feeds import Following, News
-from tether.manager.peering.group_view import Asked, Said
+from tether.manager.peering.group_view import Asked, Said, config_of
 from tether.manager.peering.keeping import Kept, Surroundings
 from tether.manager.peering.members import Members
 from tether.manager.peering.replication import Policy
@@ -35,7 +35,7 @@ class Holder:
         self.members = Members(lab.access)
         lab.shelf = RepositoryShelf(lab.repository, self.members)
         self.agreements = Agreements(lab.folder / "copies.json")
-        side = CopyingSide(lab.key, lab.repository, lab.access, self.agreements, self.members, self.ask, self.holding, self.say)
+        side = CopyingSide(lab.key, lab.repository, lab.access, self.agreements, self.members, self.ask, self.holding, self.say, grace=0.2)
         self.copying = Copying(side)
         self.is_gone = False
         holders[lab.key] = self
@@ -209,3 +209,95 @@ async def test_who_holds_no_more_is_not_counted_and_keeps_what_it_has(holders):
     await until(holders, lambda: theirs.has() == {"a", "b"})
     assert his.has() == kept
     assert his.copying.view(hers.lab.key) is None
+
+
+# --- copies that are one too many
+
+
+async def spread(holders, names=("a", "b", "c", "d")):
+    """All of it is everywhere, as copies."""
+    hers, his, theirs = holders
+    await agree(holders, Policy(3), names)
+    await until(holders, lambda: his.has() & theirs.has() >= set(names))
+    await until(holders, lambda: all(states(hers, hers, name) == ["whole"] * 3 for name in names))
+
+
+def lower(hers, policy):
+    hers.agreements.agree("*", policy)
+    hers.say()
+
+
+def count(holders, name):
+    return sum(name in each.has() for each in holders)
+
+
+async def test_when_fewer_copies_are_asked_for_those_that_are_too_many_go_and_the_publisher_keeps_its_own(holders):
+    hers, his, theirs = holders
+    await spread(holders)
+    lower(hers, Policy(2))
+    fewest = []
+
+    def done():
+        fewest.append(min(count(holders, name) for name in "abcd"))
+        return all(count(holders, name) == 2 for name in "abcd")
+
+    await until(holders, done)
+    assert min(fewest) == 2
+    assert hers.has() == {"a", "b", "c", "d"}
+    assert (his.has() | theirs.has(), his.has() & theirs.has()) == ({"a", "b", "c", "d"}, set())
+    await until(holders, lambda: states(his, hers, "a") == ["whole", "whole"])
+    lower(hers, Policy(3))  # and come back when they are asked for
+    await until(holders, lambda: all(count(holders, name) == 3 for name in "abcd"))
+
+
+async def test_when_no_copies_are_asked_for_any_more_the_publisher_s_own_is_left(holders):
+    hers, his, theirs = holders
+    await spread(holders, names=("a", "b"))
+    lower(hers, None)
+    await until(holders, lambda: his.has() == theirs.has() == set())
+    assert hers.has() == {"a", "b"}
+
+
+async def test_what_people_asked_for_or_was_here_before_or_is_pinned_stays(holders):
+    hers, his, theirs = holders
+    await hers.lab.publish("d", {"model.onnx": model_bytes(9)})
+    hers.lab.allow(his.lab)
+    await his.lab.pull(hers.lab, "d")  # long before any copies were agreed on
+    await spread(holders, names=("a", "b", "c"))
+    his.holding(hers.lab.key).subscribe(Subscription(hers.lab.key, ("a",)))
+    hers.agreements.agree("b", Policy(1, pin=(his.lab.key, theirs.lab.key)))
+    lower(hers, Policy(1))
+    await until(holders, lambda: (his.has(), theirs.has()) == ({"a", "b", "d"}, {"b"}))
+    his.holding(hers.lab.key).subscribe(Subscription(hers.lab.key, ()))
+    for _ in range(30):
+        await until(holders, lambda: True)
+        await asyncio.sleep(0.02)
+    assert his.has() == {"a", "b", "d"}, "what people asked for once is theirs"
+
+
+async def test_nothing_goes_while_those_who_keep_it_are_away(holders):
+    hers, his, theirs = holders
+    await spread(holders, names=("a",))
+    hers.go()
+    lower_here = Policy(2)
+    content = Content({"a": msgspec.structs.replace(hers.says().models["a"], config=config_of(lower_here))}, hers.says().peers)
+    for each in (his, theirs):
+        each.heard[hers.lab.key](hers.lab.key, News(content, (), Verdict.NEWER, 2, FeedState(hers.lab.key)))
+    for _ in range(40):
+        await until([his, theirs], lambda: True)
+        await asyncio.sleep(0.02)
+    assert count([his, theirs], "a") == 2
+
+
+async def test_a_copy_that_is_left_is_told_as_surplus_and_given_on_until_it_goes(holders):
+    hers, *_ = holders
+    await spread(holders, names=("a",))
+    seen = set()
+    lower(hers, Policy(2))
+
+    def done():
+        seen.update(states(hers, hers, "a"))
+        return count(holders, "a") == 2
+
+    await until(holders, done)
+    assert "surplus" in seen

@@ -7,15 +7,26 @@ import json
 import pytest
 from peering_labs import model_bytes
 
-from tether.errors import ForbiddenError, MalformedFeedError, ServiceUnavailableError, UnknownModelError, UntrustedCodeError
+from tether.errors import (
+    BadModelError,
+    ForbiddenError,
+    MalformedFeedError,
+    RemoteError,
+    ServiceUnavailableError,
+    UnknownModelError,
+    UntrustedCodeError,
+)
 from tether.manager.operations import Operations
-from tether.manager.peering.feeds import Following
+from tether.manager.peering import keeping, pulling
+from tether.manager.peering.feed_content import content_of
+from tether.manager.peering.feeds import Following, News
 from tether.manager.peering.gateway import Gateway
 from tether.manager.peering.keeping import Kept, Surroundings
 from tether.manager.peering.listing import content_of_rows
 from tether.manager.peering.methods import Methods
 from tether.manager.peering.subscriptions import EVERYTHING, Subscription, Subscriptions
-from tether.swarm.feeds.state import FeedStates
+from tether.swarm.feeds.entries import Content
+from tether.swarm.feeds.state import FeedState, FeedStates, Verdict
 from tether.swarm.node.node import PREFIX
 from tether.swarm.rpc.rpc import RpcConnection
 from tether.testing.streams import stream_pair
@@ -70,6 +81,7 @@ class Pair:
             raise ServiceUnavailableError("there is no swarm here")
 
         def following(publisher, on_content):
+            self.heard = on_content
             states = FeedStates(self.his.folder / "states")
             return Following(no_engine, lambda: self.ask(publisher, "feed", {}), on_content, lambda: None, states, self.his.folder / "feed")
 
@@ -86,6 +98,9 @@ class Pair:
     def alias(self, alias, version):
         self.hers.repository.set_alias("digits", alias, version)
         self.methods.changed()
+
+    async def no_offer(self):
+        return {}
 
     def here(self, name="digits"):
         """What his catalog says: version → digest, and what the bare name means."""
@@ -190,6 +205,78 @@ async def test_one_model_that_is_refused_keeps_no_other_from_coming(pair):
     async with kept(pair, "code", "digits") as keeping:
         await until(lambda: keeping.model("digits").is_done)
         await until(lambda: isinstance(keeping.model("code").error, UntrustedCodeError))
+
+
+async def test_who_may_follow_the_feed_no_longer_asks_for_single_models_at_once_and_follows_it_again_when_it_may(pair, monkeypatch):
+    monkeypatch.setattr(keeping, "_WAIT", 0.1)
+    first = await pair.publish()
+    pair.methods.feed = pair.no_offer
+    pair.hers.allow(pair.his, scopes=("replicate", "replicate:digits"))
+    async with kept(pair) as lab:
+        await until(lambda: isinstance(lab.model("digits").error, RemoteError))  # the feed is followed; what it offers is no feed
+        assert "models" not in pair.asked
+        pair.hers.disallow(pair.his, scopes=("replicate",))
+        await until(lambda: lab.model("digits").is_done)
+        assert (pair.here(), lab.model("digits").error) == (({1: first.digest}, {"latest": 1}), None)
+        second = await pair.publish(seed=2)
+        await until(lambda: pair.here()[0].get(2) == second.digest)
+        pair.hers.allow(pair.his)
+        await until(lambda: pair.asked[-2:] == ["feed", "feed"])
+
+
+async def test_what_was_published_a_moment_ago_is_not_called_unknown_because_the_feed_does_not_name_it_yet(pair):
+    await pair.publish()
+    pair.methods.feed = pair.no_offer
+    pair.hers.allow(pair.his)
+    async with kept(pair, "digits", "none") as lab:
+        await until(lambda: "feed" in pair.asked)
+        pair.heard(pair.hers.key, News(Content(), (), Verdict.SAME, 1, FeedState(pair.hers.key)))
+        await until(lambda: isinstance(lab.model("none").error, UnknownModelError))
+        assert not isinstance(lab.model("digits").error, UnknownModelError)
+        content = content_of(pair.hers.repository.snapshot().models, pair.hers.key)
+        pair.heard(pair.hers.key, News(content, ("digits",), Verdict.NEWER, 2, FeedState(pair.hers.key)))
+        await until(lambda: lab.model("digits").is_done)
+
+
+async def test_who_holds_copies_and_may_follow_the_feed_no_longer_has_what_single_scopes_open(pair):
+    first = await pair.publish()
+    pair.methods.feed = pair.no_offer
+    pair.hers.allow(pair.his, scopes=("replicate:digits",))
+    async with kept(pair) as lab:
+        lab.hold()
+        await until(lambda: lab.model("digits").is_done)
+        assert pair.here() == ({1: first.digest}, {"latest": 1})
+
+
+async def test_code_comes_as_soon_as_its_publisher_is_trusted_for_code(pair):
+    pair.hers.give("code", {"model.pt2": b"code"}, CODE)
+    pair.hers.allow(pair.his, scopes=("replicate:code",))
+    async with kept(pair, "code") as keeping:
+        await until(lambda: isinstance(keeping.model("code").error, UntrustedCodeError))
+        keeping.trust_changed()
+        await until(lambda: isinstance(keeping.model("code").error, UntrustedCodeError))
+        pair.his.repository.trust(pair.hers.key, ["code"])
+        keeping.trust_changed()
+        await until(lambda: keeping.model("code").is_done)
+
+
+async def test_a_person_who_asks_again_has_what_was_refused_tried_again(pair, monkeypatch):
+    refuses = [True]
+
+    async def look(*_):
+        if refuses[0]:
+            raise BadModelError("it is no model, today")
+
+    monkeypatch.setattr(pulling, "look", look)
+    await pair.publish()
+    pair.hers.allow(pair.his, scopes=("replicate:digits",))
+    async with kept(pair) as keeping:
+        await until(lambda: isinstance(keeping.model("digits").error, BadModelError))
+        refuses[0] = False
+        keeping.nudge()
+        await until(lambda: isinstance(keeping.model("digits").error, BadModelError))
+        keeping.try_again("digits")
+        await until(lambda: keeping.model("digits").is_done)
 
 
 async def test_other_models_are_asked_for_at_once(pair):

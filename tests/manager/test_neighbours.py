@@ -7,6 +7,7 @@ import pytest
 import structlog
 
 from tether.errors import EngineError
+from tether.manager.peering import neighbours
 from tether.manager.peering.neighbours import Neighbours
 from tether.security.access import Access
 from tether.security.access_file import AccessFile
@@ -107,6 +108,29 @@ async def test_who_takes_leave_is_found_no_more(lab, swarm):
     assert await lab(TWO).find(ONE.public)
     await one.leave()
     assert await lab(TWO).find(ONE.public) == []
+    assert swarm.dht.lookup(topic(ONE.public)) == []
+
+
+async def test_who_takes_leave_is_announced_for_none_of_the_publishers_whose_models_it_had(lab, swarm):
+    two = lab(TWO, held(ONE))
+    await appeared(two, swarm, TWO)
+    await until(lambda: all(TWO.public in swarm.dht.lookup(topic(each.public)) for each in (ONE, TWO)))
+    await two.leave()
+    assert [swarm.dht.lookup(topic(each.public)) for each in (ONE, TWO)] == [[], []]
+
+
+async def test_who_has_no_model_of_a_publisher_any_more_is_not_announced_for_it(nodes, access, swarm, monkeypatch):
+    monkeypatch.setattr(neighbours, "_SPACING", 0.01)
+    offered = held(ONE)
+    two = Neighbours(nodes[TWO.public], TWO, access, lambda: offered, lambda _: False)
+    running = asyncio.create_task(two.run())
+    await until(lambda: TWO.public in swarm.dht.lookup(topic(ONE.public)))
+    offered = Capabilities()
+    two.changed()
+    await until(lambda: TWO.public not in swarm.dht.lookup(topic(ONE.public)))
+    assert TWO.public in swarm.dht.lookup(topic(TWO.public))
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_ten_thousand_inventions_cost_a_few_questions_and_hide_nobody_who_is_known(lab, swarm):
@@ -166,3 +190,33 @@ async def test_what_changes_is_announced_soon(lab, swarm, monkeypatch):
     await until(lambda: number(swarm, ONE) > first)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_a_lab_that_people_know_says_of_itself_is_looked_for_and_kept_for_a_while(lab, swarm):
+    write(swarm, TWO, Capabilities(region="eu-west", load=30), 5)
+    three = lab(THREE)
+    await three.meet([TWO.public, ONE.public], PATIENCE)
+    assert {peer: (record.region, record.load) for peer, record in three.said().items()} == {TWO.public: ("eu-west", 30)}
+    swarm.asked.clear()
+    await three.meet([TWO.public, ONE.public], PATIENCE)
+    assert swarm.asked == []
+    write(swarm, TWO, held(ONE), 6)
+    await three.find(ONE.public)
+    await three.find(TWO.public)
+    assert three.said()[TWO.public].count == 1, "the newest of all that was found"
+
+
+async def test_nobody_waits_for_a_network_that_is_away(lab, nodes):
+    three = lab(THREE)
+    nodes[THREE.public].go_away()
+    await three.meet([TWO.public], PATIENCE)
+    assert three.said() == {}
+
+
+async def test_the_banned_are_not_looked_for_and_this_lab_itself_is_not_among_the_others(lab, swarm, access):
+    write(swarm, ONE, held(ONE), 5)
+    write(swarm, TWO, held(ONE), 5)
+    access.ban(TWO.public, "it lied")
+    one = lab(ONE)
+    await one.meet([TWO.public, ONE.public], PATIENCE)
+    assert one.said() == {}

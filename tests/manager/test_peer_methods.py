@@ -18,6 +18,7 @@ from tether.errors import (
     MalformedRequestError,
     ManagerLeavingError,
     ServiceUnavailableError,
+    StagingFullError,
     UnknownModelError,
     UnknownVersionError,
     UntrustedCodeError,
@@ -25,6 +26,7 @@ from tether.errors import (
 from tether.manager.operations import Operations
 from tether.manager.peering.gateway import Gateway
 from tether.manager.peering.methods import Methods
+from tether.manager.peering.staged import StagedShares
 from tether.security.identity import Identity
 from tether.security.scopes import Scope
 from tether.store import FILES, Repository, digest_of
@@ -106,7 +108,7 @@ def draft_of(arrays, entry):
 async def test_who_is_not_enrolled_reaches_enrol_and_nothing_else(lab):
     secret = lab.invitations.invite([Scope.parse("models:digits*")])
     async with lab.called_by() as call:
-        for method in ("ping", "models", "infer", "manifest", "stage", "publish", "alias", "envelope", "have", "no such"):
+        for method in ("ping", "models", "infer", "manifest", "stage", "publish", "alias", "envelope", "events", "have", "no such"):
             with pytest.raises(ForbiddenError):
                 await call(method)
         with pytest.raises(BadInvitationError):
@@ -194,6 +196,18 @@ async def test_a_peer_publishes_data_under_its_scope(lab, tmp_path):
             await call("publish", {"name": "theirs-1", "draft": {"manifest": "", "publisher": OTHER.public, "signature": ""}})
         with pytest.raises(MalformedRequestError):
             await call("stage", b"short")
+
+
+async def test_a_peer_that_only_stages_is_stopped_and_nothing_of_it_is_written(lab, tmp_path):
+    lab.allow("publish:theirs*")
+    lab.methods.claimed = StagedShares(lab.repository, tmp_path / "staged.log", 1 << 20).claimed
+    blobs = [bytes([number]) * (512 << 10) for number in range(3)]
+    async with lab.called_by() as call:
+        for data in blobs[:2]:
+            await call("stage", bytes.fromhex(digest_of(data)) + data)
+        with pytest.raises(StagingFullError, match="publish them"):
+            await call("stage", bytes.fromhex(digest_of(blobs[2])) + blobs[2])
+    assert [lab.repository.staged_nbytes(digest_of(data)) is not None for data in blobs] == [True, True, False]
 
 
 async def test_the_code_of_a_peer_runs_here_only_if_it_is_trusted_for_code(lab, tmp_path):

@@ -21,7 +21,7 @@ from tether.errors import (
     ServiceUnavailableError,
     UntrustedCodeError,
 )
-from tether.manager.peering import pulling
+from tether.manager.peering import looking, pulling
 from tether.manager.peering.pulling import Wish
 from tether.security.volatile import SETTING
 from tether.store import Manifest, signed_message
@@ -132,6 +132,57 @@ async def test_code_comes_from_publishers_trusted_for_code_alone_and_else_not_a_
     puller.repository.trust(publisher.key, ["code"])
     (record,) = await puller.pull(publisher)
     assert (puller.repository.checkout(record.digest) / "model.py").read_bytes() == b"class Model: ..."
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Versions whose manifests were looked for at peers."""
+    found, find = [], pulling.Finder.find
+
+    async def noted(finder, digest, *arguments):
+        found.append(digest)
+        return await find(finder, digest, *arguments)
+
+    monkeypatch.setattr(pulling.Finder, "find", noted)
+    return found
+
+
+async def test_what_was_refused_is_neither_fetched_nor_looked_at_again_until_a_person_asks(pair, searches, monkeypatch):
+    publisher, puller = pair
+    publisher.give("net", {"net.onnx": b"this is none" * 100})
+    looked = []
+
+    async def look(*arguments):
+        looked.append(arguments)
+        return await looking.look(*arguments)
+
+    monkeypatch.setattr(pulling, "look", look)
+    for _ in range(3):
+        with pytest.raises(BadModelError, match="onnx"):
+            await puller.pull(publisher)
+    assert (len(looked), len(searches)) == (1, 1)
+    publisher.give("net", {"net.onnx": model_bytes()})
+    for name in ("", "other"):
+        puller.pulling.forgive(publisher.key, name)
+        with pytest.raises(BadModelError):
+            await puller.pull(publisher)
+        assert list(puller.says()["net"][0]) == [2], "another version of it comes all the same"
+        assert len(looked) == 2
+    puller.pulling.forgive(publisher.key, "net")
+    with pytest.raises(BadModelError):
+        await puller.pull(publisher)
+    assert len(looked) == 3
+
+
+async def test_code_that_was_refused_is_asked_for_again_when_its_publisher_is_trusted_otherwise(pair, searches):
+    publisher, puller = pair
+    publisher.give("mine", {"model.py": b"class Model: ..."}, ModelInfo("custom", "custom", (), (), batched=False, pure=False, code=True))
+    for _ in range(3):
+        with pytest.raises(UntrustedCodeError, match="tether trust"):
+            await puller.pull(publisher)
+    assert len(searches) == 1
+    puller.repository.trust(publisher.key, ["code"])
+    assert len(await puller.pull(publisher)) == 1
 
 
 @pytest.mark.parametrize(("framework", "form", "code"), [("torch", "pt2", False), ("custom", "custom", False), ("onnx", "onnx", True)])

@@ -30,11 +30,13 @@ def repository(tmp_path):
 def scrubbed(repository, notes, *, until, **options):
     scrubber = Scrubber(repository, notes, **options)
     scrubber.start()
-    deadline = time.monotonic() + PROMPT
-    while not until(scrubber):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    scrubber.stop()
+    try:
+        deadline = time.monotonic() + PROMPT
+        while not until(scrubber):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        scrubber.stop()
     return scrubber
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import dask.config
 import msgspec
@@ -11,8 +12,8 @@ from distributed.core import CommClosedError, Server, Status, rpc
 
 from tether.client.cluster import ManagerClient, OrchestratorClient
 from tether.config import HOUSEKEEPING
-from tether.errors import StoreError
-from tether.events import CatalogChanged, CatalogModel, ModelWanted, WorkerJoined
+from tether.errors import StoreError, UntrustedCodeError
+from tether.events import CatalogChanged, CatalogModel, LentWorker, ModelWanted, WorkerJoined
 from tether.manager.cluster_server import ClusterServer
 from tether.manager.clustered import until
 from tether.manager.operations import Operations
@@ -82,7 +83,7 @@ DIGITS = ModelVersion("digits", 1, Digest(f"{1:064x}"))
 @pytest.mark.parametrize(("ends", "state", "reason"), [("raises", "failed", "internal: "), ("breaks off", "unloaded", "")])
 async def test_a_load_that_ends_oddly_is_tried_again_without_another_event(orchestrator, tls, monkeypatch, ends, state, reason):
     monkeypatch.setattr("tether.orchestrator.plugin._TICK", 0.05)
-    monkeypatch.setattr("tether.orchestrator.state.RETRY_AFTER", 0.2)
+    monkeypatch.setattr("tether.orchestrator.registry.RETRY_AFTER", 0.2)
     ways = iter([ends, "answers"])
 
     async def load(comm, model):
@@ -106,6 +107,94 @@ async def test_a_load_that_ends_oddly_is_tried_again_without_another_event(orche
     await eventually(lambda: plugin._state.table.resolve("digits").state == "ready")
     await eventually(lambda: not plugin._ticking)
     await worker.close()
+
+
+class Lines:
+    """Labs that lend their workers; what they are asked for, in order."""
+
+    def __init__(self, **refusals):
+        self.asked, self.refusals = [], refusals
+
+    async def load(self, worker, number, model):
+        self.asked.append(("load", worker, number, model))
+        if worker in self.refusals:
+            raise self.refusals[worker]
+        return Path(f"/s/{worker}-{number}")
+
+    async def unload(self, worker, number, model):
+        self.asked.append(("unload", worker, number, model))
+
+
+@pytest.fixture
+async def borrowing(orchestrator, tls, tmp_path, monkeypatch):
+    """A manager that writes and has lines to other labs: the manager, its lines, and the plugin."""
+    scheduler, plugin = orchestrator
+    with Repository.open(tmp_path / "store", own=LAB.public) as repository:
+        operations = Operations(repository, LAB, tmp_path / "publishing")
+        monkeypatch.setattr(operations, "catalog", lambda: {"digits": CatalogModel("digits", 1, {"latest": 1}, {1: (DIGITS, INFO)})})
+        manager = await listening(ClusterServer(operations, scheduler.address, Security(**tls.security())), tls)
+        lines = Lines(refuses=UntrustedCodeError("not this publisher's code"))
+        manager.offer_borrowing(lines)
+        connect, manager.comms = manager._connect, []
+        manager._connect = lambda address: remembered(connect(address), manager.comms)
+        manager.following = asyncio.create_task(manager.follow())
+        await eventually(lambda: plugin._state.table.manager == manager.address)
+        yield manager, lines, plugin
+        manager.following.cancel()
+        await asyncio.gather(manager.following, return_exceptions=True)
+        await manager.close()
+
+
+async def remembered(connecting, comms):
+    comms.append(await connecting)
+    return comms[-1]
+
+
+def lent(name, number=1, slots=4):
+    return LentWorker(WorkerId(name), "ab" * 32, number, 0, slots)
+
+
+async def test_a_lent_worker_is_loaded_and_unloaded_through_the_manager_that_has_the_line_to_it(borrowing):
+    manager, lines, plugin = borrowing
+    manager.tell_lent((lent("b"),))
+    await eventually(lambda: "b" in plugin._state.table.workers)
+    plugin._handle(ModelWanted(DIGITS))
+    (route,) = await eventually(lambda: plugin._state.table.resolve("digits").routes)
+    assert (route.worker, route.endpoint, route.slots) == ("b", "/s/b-1", 4)
+    manager.tell_lent((lent("b", number=2),))
+    await eventually(lambda: [each.endpoint for each in plugin._state.table.resolve("digits").routes] == ["/s/b-2"])
+    table = plugin._state.table
+    plugin._handle(CatalogChanged(table.manager, 99, {}, plugin._told[2], plugin._told[1]))
+    await eventually(lambda: len(lines.asked) == 3)
+    assert [(verb, number) for verb, _, number, _ in lines.asked] == [("load", 1), ("load", 2), ("unload", 2)]
+
+
+async def test_why_a_lent_worker_does_not_load_a_version_is_told(borrowing):
+    manager, _, plugin = borrowing
+    manager.tell_lent((lent("refuses"),))
+    await eventually(lambda: plugin._state.table.workers)
+    plugin._handle(ModelWanted(DIGITS))
+    await eventually(lambda: plugin._state.table.resolve("digits").state == "failed")
+    assert plugin._state.table.resolve("digits").reason == "untrusted_code: not this publisher's code"
+
+
+async def test_lent_workers_go_with_the_managers_connection_and_come_back_with_it(borrowing):
+    manager, _, plugin = borrowing
+    manager.tell_lent((lent("b"), lent("c")))
+    await eventually(lambda: len(plugin._state.table.workers) == 2)
+    manager.tell_lent((lent("c"),))
+    await eventually(lambda: list(plugin._state.table.workers) == ["c"])
+    connection, sizes = plugin._told[0], []
+    plugin._notify = lambda: note(sizes, plugin)
+    manager.comms[-1].abort()
+    await eventually(lambda: plugin._told[0] != connection and list(plugin._state.table.workers) == ["c"])
+    assert 0 in sizes
+    manager.following.cancel()
+    await eventually(lambda: plugin._state.table.workers == {})
+
+
+async def note(sizes, plugin):
+    sizes.append(len(plugin._state.table.workers))
 
 
 async def test_a_gateway_goes_on_following_after_a_table_that_it_cannot_read(tls):

@@ -7,6 +7,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from tether.events import (
     CatalogChanged,
     CatalogModel,
+    LentChanged,
+    LentWorker,
     LoadCut,
     Loaded,
     LoadFailed,
@@ -17,7 +19,8 @@ from tether.events import (
     WorkerJoined,
     WorkerLeft,
 )
-from tether.orchestrator.state import FORGET_AFTER, RETRY_AFTER, ControlState, Load, Push, Unload
+from tether.orchestrator.registry import RETRY_AFTER
+from tether.orchestrator.state import FORGET_AFTER, ControlState, Load, Push, Unload
 from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId
 
 SPEC = TensorSpec("x", "FP32", (-1, 4))
@@ -37,6 +40,11 @@ def catalog(*numbers, name="digits", stream=1):
 def joined(number, life=0):
     """`life`: how often this worker was started before; each start is another process at the same address."""
     return WorkerJoined(WorkerId(f"worker-{number}"), f"tls://w{number}", 100 + number + 10 * life, 0)
+
+
+def lent(*ids, number=1, slots=4, stream=1):
+    """Labs that lend workers, all of a first registration unless it is said."""
+    return LentChanged(stream, tuple(LentWorker(WorkerId(each), f"key of {each}", number, 1, slots) for each in ids))
 
 
 def of(instructions, kind):
@@ -171,6 +179,91 @@ def test_lost_workers_are_forgotten_after_an_hour_and_reasons_with_their_version
     assert list(state.table.workers) == [WorkerId("worker-2")]
 
 
+def test_a_lent_worker_is_asked_through_the_manager_for_what_the_lab_has_no_worker_for():
+    state = running(catalog(1), lent("b"))
+    assert of(state.handle(ModelWanted(version()), 1.0), Load) == [Load("b", 1, version(), "tls://m")]
+    state.handle(Loaded("b", 1, version(), "/s/b"), 1.1)
+    assert of(state.handle(joined(1), 2.0), Load) == [Load("tls://w1", 101, version())]
+    state.handle(Loaded("tls://w1", 101, version(), "/s/1"), 2.1)
+    assert [(route.endpoint, route.slots) for route in state.table.resolve("digits").routes] == [("/s/1", None), ("/s/b", 4)]
+    shown = state.table.workers[WorkerId("b")]
+    assert (shown.address, shown.transport, shown.peer, shown.slots) == ("swarm://key of b", "swarm", "key of b", 4)
+    assert (shown.gpus, shown.models) == (1, ("digits:1",))
+    assert Unload("b", 1, version(), "tls://m") in state.handle(catalog(2), 3.0)
+
+
+def test_a_lent_worker_takes_the_place_of_one_that_died_and_gives_it_back():
+    state = running(catalog(1), joined(1), joined(2), lent("b"), ModelWanted(version()))
+    for number in (1, 2):
+        state.handle(Loaded(f"tls://w{number}", 100 + number, version(), f"/s/{number}"), 1.0)
+    assert of(state.handle(WorkerLeft("tls://w1"), 2.0), Load) == [Load("b", 1, version(), "tls://m")]
+    state.handle(Loaded("b", 1, version(), "/s/b"), 2.5)
+    assert of(state.handle(joined(1, life=1), 3.0), Load) == [Load("tls://w1", 111, version())]
+
+
+def test_a_lent_worker_that_is_gone_takes_its_routes_with_it_and_is_not_shown_as_lost():
+    state = running(catalog(1), lent("b", "c"), ModelWanted(version()), Loaded("b", 1, version(), "/s/b"))
+    instructions = state.handle(lent("c"), 2.0)
+    assert list(state.table.workers) == [WorkerId("c")]
+    assert state.table.resolve("digits").routes == ()
+    assert of(instructions, Push)
+
+
+def test_the_same_registration_keeps_what_it_has_and_another_has_nothing():
+    state = running(catalog(1), lent("b"), ModelWanted(version()), Loaded("b", 1, version(), "/s/b"))
+    state.handle(lent("b", "c", slots=9), 2.0)
+    assert [(route.endpoint, route.slots) for route in state.table.resolve("digits").routes] == [("/s/b", 9)]
+    assert of(state.handle(lent("b", number=2), 3.0), Load) == [Load("b", 2, version(), "tls://m")]
+    assert state.handle(Loaded("b", 1, version(), "/s/old"), 3.1) == []
+    assert state.table.resolve("digits").routes == ()
+
+
+def test_the_lines_end_with_the_manager_that_has_them():
+    state = running(catalog(1), lent("b"), ModelWanted(version()), Loaded("b", 1, version(), "/s/b"))
+    state.handle(ManagerLeft(1), 2.0)
+    assert (state.table.workers, state.table.resolve("digits").routes) == ({}, ())
+    assert state.handle(lent("b"), 2.1) == []
+    state.handle(catalog(1, stream=2), 3.0)
+    assert state.handle(lent("b"), 3.1) == []
+    assert of(state.handle(lent("b", stream=2, number=2), 3.2), Load) == [Load("b", 2, version(), "tls://m")]
+    state.handle(catalog(1, stream=3), 4.0)
+    assert state.table.workers == {}
+
+
+def test_what_a_lent_worker_refuses_is_no_reason_to_refuse_requests_while_a_worker_of_the_lab_may_come_back():
+    state = running(catalog(1), joined(1), lent("b"), ModelWanted(version()), Loaded("tls://w1", 101, version(), "/s/1"))
+    state.handle(LoadFailed("b", 1, version(), "untrusted_code", "no"), 1.0)
+    state.handle(WorkerLeft("tls://w1"), 2.0)
+    assert (state.table.resolve("digits").state, state.table.resolve("digits").reason) == ("unloaded", "")
+    assert of(state.handle(joined(1, life=1), 2.5), Load) == [Load("tls://w1", 111, version())]
+
+
+def test_a_lent_worker_is_asked_for_what_it_is_lent_for_and_for_no_other_labs_models():
+    for_some = LentChanged(1, (LentWorker(WorkerId("b"), "key", 1, 0, 4, models="net*"),))
+    state = running(catalog(1), for_some, ModelWanted(version()))
+    assert (state.table.resolve("digits").state, state.unsettled) == ("failed", False)
+    assert state.table.resolve("digits").reason == "unsupported: b runs net* of this lab's own models, not digits"
+    state.handle(joined(1), 1.0)
+    assert state.table.resolve("digits").state == "loading"
+    state = running(catalog(1, name="net-2"), for_some)
+    assert of(state.handle(ModelWanted(version("net-2")), 1.0), Load) == [Load("b", 1, version("net-2"), "tls://m")]
+    state = running(catalog(1, name="alice~digits"), lent("b"))
+    assert of(state.handle(ModelWanted(version("alice~digits")), 1.0), Load) == []
+
+
+def test_what_a_lent_worker_refuses_is_tried_again_only_where_that_could_help():
+    state = running(catalog(1), lent("b"), ModelWanted(version()), LoadFailed("b", 1, version(), "untrusted_code", "no"))
+    assert (state.table.resolve("digits").state, state.table.resolve("digits").reason) == ("failed", "untrusted_code: no")
+    assert state.unsettled
+    for number in (1, 2):
+        state.handle(joined(number), 1.0)
+        state.handle(Loaded(f"tls://w{number}", 100 + number, version(), f"/s/{number}"), 1.0)
+    assert not state.unsettled
+
+
+LENDERS = {"a", "b", "c"}
+
+
 class Cluster(RuleBasedStateMachine):
     """Random events; what must hold after each."""
 
@@ -183,14 +276,23 @@ class Cluster(RuleBasedStateMachine):
         self.late = []
         """Loads of processes that have died since: their answers must change nothing."""
         self.lives = 0
+        self.stream, self.has_manager = 0, False
 
     def do(self, event):
         self.now += 0.5
         for instruction in self.state.handle(event, self.now):
-            if isinstance(instruction, Load):
+            if isinstance(instruction, Load | Unload):
                 assert self.alive[instruction.address] == instruction.pid
+                assert instruction.manager == ("tls://m" if instruction.address in LENDERS else None)
+            if isinstance(instruction, Load):
                 assert instruction not in self.loading
                 self.loading.append(instruction)
+
+    def gone(self, address):
+        """What it was to load will be answered too late, if at all."""
+        self.alive.pop(address, None)
+        self.late += [each for each in self.loading if each.address == address]
+        self.loading = [each for each in self.loading if each.address != address]
 
     @rule(number=st.integers(1, 4))
     def join(self, number):
@@ -202,15 +304,41 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(number=st.integers(1, 4))
     def leave(self, number):
-        address = f"tls://w{number}"
-        self.alive.pop(address, None)
-        self.late += [each for each in self.loading if each.address == address]
-        self.loading = [each for each in self.loading if each.address != address]
-        self.do(WorkerLeft(address))
+        self.gone(f"tls://w{number}")
+        self.do(WorkerLeft(f"tls://w{number}"))
 
-    @rule(numbers=st.sets(st.integers(1, 3)))
-    def publish(self, numbers):
-        self.do(catalog(*numbers))
+    @rule(numbers=st.sets(st.integers(1, 3)), another=st.booleans())
+    def publish(self, numbers, another):
+        if another or not self.has_manager:
+            self.stream, self.has_manager = self.stream + 1, True
+            self.forget_lenders()
+        self.do(catalog(*numbers, stream=self.stream))
+
+    @rule()
+    def manager_leaves(self):
+        self.has_manager = False
+        self.forget_lenders()
+        self.do(ManagerLeft(self.stream))
+
+    def forget_lenders(self):
+        for each in LENDERS & set(self.alive):
+            self.gone(each)
+
+    @rule(ids=st.sets(st.sampled_from(["a", "b", "c"])), registered=st.booleans(), late=st.booleans())
+    def lend(self, ids, registered, late):
+        """`registered`: all of them once more."""
+        current = self.has_manager and not late
+        kept = {each: self.alive[each] for each in ids if each in self.alive and not registered}
+        self.lives += 1
+        numbers = {each: kept.get(each, self.lives) for each in ids}
+        if current:
+            for each in (LENDERS & set(self.alive)) - set(kept):
+                self.gone(each)
+            self.alive |= numbers
+        told = tuple(LentWorker(WorkerId(each), each, number, 0, 4) for each, number in numbers.items())
+        before = self.state.table
+        self.do(LentChanged(self.stream - late, told))
+        assert current or self.state.table.workers == before.workers
 
     @rule(number=st.integers(1, 3))
     def want(self, number):
@@ -246,9 +374,17 @@ class Cluster(RuleBasedStateMachine):
         table = self.state.table
         for entry in table.models.values():
             for each in entry.versions.values():
-                assert {table.workers[route.worker].address for route in each.routes} <= set(self.alive)
-                assert len(each.routes) <= 2
+                own = [table.workers[route.worker].address for route in each.routes if route.slots is None]
+                lent_ones = [route.worker for route in each.routes if route.slots is not None]
+                assert {*own, *lent_ones} <= set(self.alive)
+                assert max(len(own), len(lent_ones)) <= 2
+                assert [route.slots for route in each.routes] == [None] * len(own) + [4] * len(lent_ones)
                 assert (each.state == "ready") == bool(each.routes)
+
+    @invariant()
+    def lent_ones_are_known_only_while_their_manager_is(self):
+        known = {name for name, worker in self.state.table.workers.items() if worker.transport == "swarm"}
+        assert known == LENDERS & set(self.alive)
 
 
 Cluster.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -239,12 +239,13 @@ def test_a_runner_outlives_the_thread_that_loaded_it_but_not_its_worker(folder):
 def test_nothing_stays_open_after_it_is_closed(folder, pool):
     info = inspect(folder)
     RunnerModel(folder, info, 1, pool).close()
-    before = psutil.Process().num_fds(), threading.active_count()
+    descriptors, threads = psutil.Process().num_fds(), threading.active_count()
     for _ in range(3):
         model = RunnerModel(folder, info, 1, pool)
         ask(model, 0)
         model.close()
-    assert (psutil.Process().num_fds(), threading.active_count()) == before
+    assert psutil.Process().num_fds() <= descriptors  # what earlier tests left may end meanwhile
+    assert threading.active_count() <= threads
 
 
 # --- files that are fetched while its process starts
@@ -292,7 +293,7 @@ def test_files_that_do_not_come_are_their_own_error_and_leave_no_process(distant
     before = set(psutil.Process().children())
     with pytest.raises(MissingDependencyError, match="no bytes today"):
         RunnerModel(files, info, 1, RunnerPool(patience=60.0))
-    eventually(lambda: not {child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE} - before)
+    eventually(lambda: all(child in before or gone(child.pid) for child in psutil.Process().children()))
 
 
 def test_a_process_that_dies_while_files_come_is_a_failed_load_when_they_came(distant):

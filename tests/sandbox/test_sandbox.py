@@ -142,7 +142,8 @@ async def test_cancelling_ends_the_process(tmp_path):
 
 def test_nothing_of_a_run_stays_open():
     call("double", 1)
-    before = (psutil.Process().num_fds(), psutil.Process().children(recursive=True))
+    descriptors, children = psutil.Process().num_fds(), set(psutil.Process().children(recursive=True))
     for _ in range(5):
         call("double", 1)
-    assert (psutil.Process().num_fds(), psutil.Process().children(recursive=True)) == before
+    assert psutil.Process().num_fds() <= descriptors  # connections of earlier tests may close meanwhile
+    assert set(psutil.Process().children(recursive=True)) <= children

@@ -72,13 +72,13 @@ def test_a_glob_means_what_its_letters_say(glob, name):
 
 def test_no_verb_opens_what_is_anothers():
     opens = {
-        "infer": {"ping", "infer", "capacity", "models"},
-        "models": {"ping", "models", "feed"},
-        "publish": {"ping", "stage", "publish", "alias", "models"},
-        "replicate": {"ping", "manifest", "have", "blobs", "models", "feed"},
-        "events": {"ping", "events"},
-        "decrypt": {"ping", "envelope"},
-        "register": {"ping", "register"},
+        "infer": {"ping", "heads", "infer", "capacity", "models"},
+        "models": {"ping", "heads", "models", "feed"},
+        "publish": {"ping", "heads", "stage", "publish", "alias", "models"},
+        "replicate": {"ping", "heads", "manifest", "have", "blobs", "models", "feed"},
+        "events": {"ping", "heads", "events"},
+        "decrypt": {"ping", "heads", "envelope"},
+        "register": {"ping", "heads", "register"},
     }
     assert opens.keys() == VERBS.keys()
     for verb, methods in opens.items():

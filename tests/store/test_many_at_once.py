@@ -27,6 +27,7 @@ from tether.store import Repository
 from tether.types import ModelRef
 reads = 0
 with Repository.open(Path(sys.argv[1]), read_only=True) as repository:
+    print("reads", flush=True)
     while not select.select([sys.stdin], [], [], 0)[0]:
         record = repository.resolve(ModelRef("digits", alias="prod"))
         manifest = repository.manifest(record.digest)
@@ -47,6 +48,7 @@ def reader(repository):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {"PYTHONPATH": f"{Path(__file__).parent}:{':'.join(filter(None, sys.path))}"}
     with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "reads\n", process.stderr.read()
 
         def end():
             out, error = process.communicate(timeout=60)

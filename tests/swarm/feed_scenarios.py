@@ -23,6 +23,7 @@ from tether.manager.peering import own_feed, own_log
 from tether.manager.peering.feed_content import content_of
 from tether.manager.peering.feed_memory import load_memory, save_memory
 from tether.manager.peering.feeds import FollowedFeed, Following, News, OwnFeed
+from tether.manager.peering.handing_on import HandingOn, HandingOnSide
 from tether.security.identity import Identity
 from tether.store import Manifest, Repository, encode, signed_message
 from tether.swarm.engine.engine import Engine
@@ -341,6 +342,87 @@ async def forked(bootstrap: list, folder: str) -> dict:
             there.feed.nudge()
             seen["cut"] = await there.problem()
         return seen | {"first": first.verdict.value, "loud": loud(logs)}
+
+
+class Meeting:
+    """Two followers that hand on what they have; counted."""
+
+    def __init__(self, *followers: Follower) -> None:
+        self.asked = 0
+        self.sides = [HandingOn(self._side(number, each)) for number, each in enumerate(followers)]
+
+    def _side(self, number: int, follower: Follower) -> HandingOnSide:
+        async def ask(_: str, value: bytes) -> bytes:
+            self.asked += 1
+            return await self.sides[1 - number].answer(f"{number:064x}", value)
+
+        return HandingOnSide(lambda: {LAB.public: follower.feed}, lambda: {f"{1 - number:064x}"}, ask)
+
+
+async def met(bootstrap: list, folder: str, ours: int, theirs: int) -> dict:
+    """The thief shows one follower so many versions, the lab so many others to another one; then the two meet."""
+    root = Path(folder)
+    feed_log._REACH = 1.0
+    async with two_nodes(bootstrap) as (one, other, logs), engine(166, bootstrap) as third, lab(one, root / "lab") as own:
+        await own.publish(1)
+        async with stolen(bootstrap, root, own) as thief:
+            for number in range(ours):
+                await own.publish(10 + number)
+            for number in range(theirs):
+                await thief.publish(20 + number)
+            async with follower(other, root / "f", own.feed) as here, follower(third, root / "g", thief.feed) as there:
+                before = [(await each.next()).content for each in (here, there)]
+                meeting = Meeting(here, there)
+                await meeting.sides[0].look()
+                problems = [await each.problem() for each in (here, there)]
+                asked = meeting.asked
+                await meeting.sides[0].look()
+                await meeting.sides[1].look()
+        return {
+            "problems": problems,
+            "kept": [here.feed.content, there.feed.content] == before,
+            "asked": [asked, meeting.asked],
+            "loud": [entry["event"] for entry in logs].count("a feed was refused"),
+        }
+
+
+async def handed_on(bootstrap: list, folder: str) -> dict:
+    """One follower is behind and hears of news from the other: it asks, and nothing is held against anybody."""
+    root = Path(folder)
+    async with two_nodes(bootstrap) as (one, other, logs), engine(166, bootstrap) as third, lab(one, root / "lab") as own:
+        await own.publish(1)
+        async with follower(other, root / "f", own.feed) as here, follower(third, root / "g", own.feed) as there:
+            await here.next()
+            await there.next()
+            there.answers = await own.feed.answer()  # it is told nothing new, for now
+            await there.feed._copies.aclose()
+            for number in (2, 3):
+                await own.publish(number)
+                await here.next()
+            meeting, behind = Meeting(here, there), there.feed.state.known
+            there.answers = None
+            await meeting.sides[1].look()
+            await meeting.sides[0].look()
+            news = await there.next()
+            asked = meeting.asked
+            for side in (*meeting.sides, *meeting.sides):
+                await side.look()
+            return {
+                "behind": behind.length < news.state.known.length,
+                "same": there.feed.state.known == here.feed.state.known,
+                "rollbacks": [each.feed.state.rollbacks for each in (here, there)],
+                "asked": [asked, meeting.asked],
+                "loud": loud(logs),
+                "nonsense": [
+                    await failure(meeting.sides[0].answer("cd" * 32, value))
+                    for value in (
+                        b"[]",
+                        json.dumps({"publisher": LAB.public, "head": "?"}).encode(),
+                        b'{"publisher": "%s"}' % LAB.public.encode(),
+                    )
+                ],
+                "not followed": json.loads(await meeting.sides[0].answer("cd" * 32, b'{"publisher": "ab", "head": ""}')),
+            }
 
 
 async def stolen_era(bootstrap: list, folder: str) -> dict:

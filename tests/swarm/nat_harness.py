@@ -11,7 +11,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from netns import Host
+from netns import Host, Internet, Nat
 from node_packages import node_folder
 
 PYTHON_PEER = [sys.executable, "-W", "error", str(Path(__file__).with_name("nat_peer.py"))]
@@ -28,6 +28,7 @@ class Peer:
     """A program on a host. Calls may overlap: `begin` gives what `end` waits for; any other name is a call and its answer at once."""
 
     def __init__(self, host: Host, *, in_node: bool = False) -> None:
+        self.in_node = in_node
         self.name = uuid.uuid4().hex
         """Of its node, if it has one only: decides its key."""
         self.process = host.popen(
@@ -66,6 +67,40 @@ class Peer:
         for line in self.process.stdout:
             answer = json.loads(line)
             self._answers[answer["id"]].put(answer)
+
+
+class Peers:
+    """Peers of one internet that tests use one after the other, under new keys: PythonMonkey's import is most of what a peer costs."""
+
+    def __init__(self, internet: Internet) -> None:
+        self._internet = internet
+        self._idle: dict[Nat | None, list[Peer]] = {}
+        self._taken: list[tuple[Nat | None, Peer]] = []
+
+    def behind(self, nat: Nat | None, *, in_node: bool = False) -> Peer:
+        """One behind a router of its own, or, without NAT, in public."""
+        idle = self._idle.setdefault(nat, [])
+        if idle and not in_node:
+            peer = idle.pop()
+            peer.name = uuid.uuid4().hex
+        else:
+            peer = Peer(self._internet.host() if nat is None else self._internet.router(nat).host(), in_node=in_node)
+        self._taken.append((nat, peer))
+        return peer
+
+    def public(self, *, in_node: bool = False) -> Peer:
+        return self.behind(None, in_node=in_node)
+
+    def give_back(self) -> None:
+        """All of them: a test is over."""
+        forgetting = [(nat, peer, peer.begin("forget")) for nat, peer in self._taken if not peer.in_node]
+        for _, peer in self._taken:
+            if peer.in_node:
+                peer.process.kill()
+        self._taken = []
+        for nat, peer, call in forgetting:
+            peer.end(call)
+            self._idle[nat].append(peer)
 
 
 def dht(host: Host) -> list[list[Any]]:

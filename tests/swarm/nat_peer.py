@@ -42,10 +42,17 @@ class Peer:
         self.relay: Any = None
         self.plain: Any = None
 
+    async def forget(self) -> None:
+        """Be as at the beginning."""
+        nodes = list(self.nodes.values())
+        vars(self).update(vars(Peer()))
+        for node in nodes:
+            await node.close()
+
     async def start(self, name: str, bootstrap: list[list[Any]], relay_through: str | None = None, **settings: Any) -> str:
         """The node's public key."""
-        through = None if relay_through is None else bytes.fromhex(relay_through)
-        nodes = EngineSettings(bootstrap=[(host, port) for host, port in bootstrap], relay_through=through, **settings)
+        relays = () if relay_through is None else (bytes.fromhex(relay_through),)
+        nodes = EngineSettings(bootstrap=[(host, port) for host, port in bootstrap], relays=relays, **settings)
         node = self.nodes[name] = await Engine.start(hashlib.sha256(name.encode()).digest(), nodes)
         await node.ready()
         return node.public_key.hex()
@@ -56,7 +63,7 @@ class Peer:
     async def begin_relay(self, name: str, admit: list[str] | None = None, **limits: Any) -> None:
         """A blind relay under this node's key, for these peers, or all."""
         self.relay = Relay(lambda peer: admit is None or peer in admit, RelayLimits(**limits))
-        await self.nodes[name].listen(self.relay.accept)
+        await self.nodes[name].listen(lambda stream: self.relay.accept(stream, stream.carrier))
 
     async def relayed(self) -> dict[str, int]:
         return dataclasses.asdict(self.relay.status)

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import hashlib
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -12,10 +14,16 @@ from engine_scenarios import SECONDS, engine, failure, ignore, main, say, told
 from nacl.signing import SigningKey
 
 from tether.errors import ForbiddenError, TetherError
+from tether.manager.peering.neighbours import Neighbours
+from tether.security.access import Access
+from tether.security.access_file import AccessFile
+from tether.security.identity import Identity
 from tether.swarm.engine.engine import EngineSettings
 from tether.swarm.engine.secure import StreamLimits
 from tether.swarm.node.node import ConnectionLimits, Node, NodeSettings, Standing
+from tether.swarm.records.records import Capabilities, Held, parse, topic
 from tether.swarm.rpc.rpc import Call, Service
+from tether.types import Digest
 
 HOST = "127.0.0.1"
 BLOB = bytes(range(256)) * 1000
@@ -286,6 +294,27 @@ async def early() -> dict:
             return {"started": started, "ready": ready, "alone": alone, "seconds": seconds, "answer": answer.decode()}
     finally:
         await made.node.aclose()
+
+
+async def leaving() -> dict:
+    """A lab that has models of another one takes leave: nobody who looks for either finds it, before its node is closed."""
+    identity, publisher = Identity(seed_of("one")), Identity(seed_of("publisher")).public
+    offered = Capabilities((Held(publisher, "digits", 1, Digest("a" * 64), 10, loaded=False),), serves=True)
+    topics = [topic(publisher), topic(identity.public)]
+    async with local_dht() as bootstrap, lab("one", bootstrap) as one, lab("two", bootstrap) as two:
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(AccessFile.open(Path(folder) / "access.sqlite")) as file:
+            neighbours = Neighbours(one.node, identity, Access(file), lambda: offered, lambda _: False)
+            running = asyncio.create_task(neighbours.run())
+            async with asyncio.timeout(2 * SECONDS):
+                while not all([await two.node.lookup(each) for each in topics]):  # noqa: ASYNC110 (nodes of the DHT tell nobody)
+                    await asyncio.sleep(0.05)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            began = asyncio.get_running_loop().time()
+            await neighbours.leave()
+            seconds = asyncio.get_running_loop().time() - began
+        record = parse((await two.node.get_record(one.node.key))[0])
+        return {"seconds": seconds, "found": [await two.node.lookup(each) for each in topics], "says": [record.count, record.lifetime]}
 
 
 def quiet() -> None:

@@ -3,11 +3,14 @@
 import asyncio
 from contextlib import asynccontextmanager
 
-from tether.errors import ChunkAlteredError, ChunkMissingError
+import pytest
+
+from tether.errors import ChunkAlteredError, ChunkMissingError, WrongBytesError
 from tether.store.replicas.held import Held
 from tether.swarm.blobs.blobs import BlobConnection
 from tether.testing.blob_sources import BlobSourceSuite
 from tether.testing.streams import stream_pair
+from tether.types import Digest
 
 
 class RepositoryShelf:
@@ -46,3 +49,16 @@ class TestPeerBlobs(BlobSourceSuite):
         assert source.name == "peer 22222222…"
         self.connection._link._stream.cut(ConnectionResetError("no route"))
         await self.connection.wait_closed()
+
+
+async def test_who_hashes_itself_gets_what_came_whatever_it_is():
+    digest = Digest("1" * 64)
+    ours, theirs = stream_pair()
+    shelf = RepositoryShelf(None)
+    shelf._read = lambda _: b"other bytes"
+    connection, _ = BlobConnection(ours), BlobConnection(theirs, shelf)
+    assert await connection.source().unchecked().fetch(digest, 1) == b"other bytes"
+    assert not connection.is_closed
+    with pytest.raises(WrongBytesError):
+        await connection.source().fetch(digest, 1)
+    assert connection.is_closed

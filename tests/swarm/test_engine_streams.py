@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 
 import pytest
 from nacl import bindings
@@ -343,3 +344,54 @@ async def test_destroy_reaches_the_other_side_and_wakes_who_waits(ends):
     assert (await there.close()).args[1] == "ECANCELED"
     other.destroy()
     assert one.send(b"into nothing")
+
+
+class Wire:
+    """A carrier that keeps what is written."""
+
+    rtt, pulse = 0.0, (0, False)
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+
+    def write(self, data: bytes | bytearray | memoryview, *, owned: bool) -> bool:
+        assert owned
+        self.written += data
+        return True
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def destroy(self) -> None: ...
+    def poke(self) -> None: ...
+    def write_end(self) -> None: ...
+
+
+def secured(wire: Wire, *, initiator: bool) -> SecureStream:
+    keys = Keys(ONE if initiator else OTHER, OTHER if initiator else ONE, bytes(32), bytes(64), *([bytes(32)] * 2), initiator)
+    return SecureStream(wire, keys, StreamLimits(), asyncio.get_running_loop())
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_messages_come_whole_wherever_the_wire_cuts_them_and_whenever_nobody_takes_them(seed):
+    chance = random.Random(f"cuts {seed}")
+    messages = [chance.randbytes(chance.choice([1, 2, 100, 5000, 20_000, 40_000, 65_536])) for _ in range(60)]
+    out, back, got = Wire(), Wire(), []
+    sending, taking = secured(out, initiator=True), secured(back, initiator=False)
+    for message in messages:
+        sending.send(message)
+    taking.start(lambda message: got.append(bytes(message)), lambda: None, lambda _: None)
+    at = 0
+    while at < len(out.written):
+        nbytes = chance.choice([1, 2, 3, 4, 500, 30_000, 90_000, 400_000])
+        taking.data_arrived(bytes(out.written[at : at + nbytes]))
+        at += nbytes
+        chance.choice([taking.pause, taking.resume, lambda: None, lambda: None])()
+        if chance.random() < 0.5:
+            await asyncio.sleep(0)
+    taking.resume()
+    async with asyncio.timeout(SECONDS):
+        while len(got) < len(messages):  # noqa: ASYNC110 (each turn of the loop delivers some)
+            await asyncio.sleep(0)
+    assert got == messages
+    for stream in (sending, taking):
+        stream.destroy()

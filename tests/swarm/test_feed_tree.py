@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tether.errors import MalformedFeedError
-from tether.swarm.feeds.tree import FeedTree, parse_block
+from tether.swarm.feeds.tree import FeedTree, Growth, parse_block, spans
 
 ROOTS = [
     "bb30a42c1e62f0afda5f0a4e8a562f7a13a24cea00ee81917b86b89e801314aa",
@@ -62,6 +62,54 @@ def test_another_byte_or_another_cut_is_another_root(blocks, place, flip):
         other = bytearray(blocks[at])
         other[place % len(other)] ^= flip
         assert tree_of([*blocks[:at], bytes(other), *blocks[at + 1 :]]).root() != root
+
+
+def growth_of(blocks, shorter):
+    """As a follower makes it of its copy."""
+    behind, at = [], shorter
+    for count in spans(shorter, len(blocks)):
+        part = FeedTree.behind(at)
+        for block in blocks[at : at + count]:
+            part.append(block)
+        (subtree,) = part.subtrees()
+        behind.append(subtree)
+        at += count
+    return Growth(tree_of(blocks[:shorter]).subtrees(), tuple(behind))
+
+
+@given(st.lists(st.binary(max_size=6), max_size=70), st.integers(0, 70))
+def test_how_a_tree_grew_is_shown_by_a_few_hashes(blocks, at):
+    shorter = min(at, len(blocks))
+    growth = growth_of(blocks, shorter)
+    assert growth.roots(shorter, len(blocks)) == (tree_of(blocks[:shorter]).root(), tree_of(blocks).root())
+    assert len(growth.before) + len(growth.behind) <= 3 * max(len(blocks), 1).bit_length()
+
+
+@given(st.lists(st.binary(min_size=1, max_size=6), min_size=2, max_size=40), st.data())
+def test_nobody_can_show_that_a_log_contains_another_one_which_it_does_not(blocks, data):
+    shorter = data.draw(st.integers(1, len(blocks) - 1))
+    place = data.draw(st.integers(0, shorter - 1))
+    other = [*blocks]
+    other[place] = bytes([other[place][0] ^ 1]) + other[place][1:]
+    claimed, grown = growth_of(other, shorter), growth_of(blocks, shorter)
+    assert grown.roots(shorter, len(blocks))[0] != tree_of(other[:shorter]).root()
+    mixed = Growth(claimed.before, grown.behind)
+    assert mixed.roots(shorter, len(blocks))[1] != tree_of(blocks).root()
+
+
+@pytest.mark.parametrize(
+    "growth",
+    [
+        Growth((), ()),
+        Growth((("ab" * 32, 5),), (("ab" * 32, 5), ("ab" * 32, 5))),
+        Growth((("xy" * 32, 5),), (("ab" * 32, 5),)),
+        Growth((("ab" * 32, -1),), (("ab" * 32, 5),)),
+        Growth((("ab" * 31, 5),), (("ab" * 32, 1 << 60),)),
+    ],
+)
+def test_what_is_to_show_how_a_tree_grew_and_makes_no_sense_is_told(growth):
+    with pytest.raises(MalformedFeedError):
+        growth.roots(1, 2)
 
 
 @given(st.binary(max_size=300), st.none() | st.binary(max_size=300))

@@ -75,6 +75,26 @@ def test_a_second_history_is_refused_loudly_remembered_and_forgiven(testnet: Tes
     assert "a feed was refused" in seen["loud"]
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [(1, 1), (3, 1), (1, 3)])
+def test_two_followers_that_were_shown_different_histories_find_out_when_they_meet(testnet: Testnet, tmp_path, ours, theirs):
+    seen = run_feed("met", testnet, folder=str(tmp_path), ours=ours, theirs=theirs)
+    assert [[problem[0], problem[2]] for problem in seen["problems"]] == [["FeedRefusedError", "forked"]] * 2
+    assert seen["kept"]
+    assert seen["loud"] == 2
+    assert seen["asked"][0] <= 2
+    assert seen["asked"][1] <= seen["asked"][0] + 2, "what was shown once is not shown again"
+
+
+def test_a_follower_that_is_behind_hears_of_news_and_nothing_is_held_against_it(testnet: Testnet, tmp_path):
+    seen = run_feed("handed_on", testnet, folder=str(tmp_path))
+    assert (seen["behind"], seen["same"]) == (True, True)
+    assert seen["rollbacks"] == [0, 0]
+    assert seen["loud"] == []
+    assert seen["asked"][1] <= seen["asked"][0] + 2
+    assert [error[0] for error in seen["nonsense"]] == ["MalformedRequestError", "MalformedFeedError", "MalformedFeedError"]
+    assert seen["not followed"] == {}
+
+
 def test_a_thiefs_new_era_is_found_out_or_contradicts(testnet: Testnet, tmp_path):
     seen = run_feed("stolen_era", testnet, folder=str(tmp_path))
     assert seen["era"] == "new-era"

@@ -16,7 +16,7 @@ from tether.swarm.wire import local
 from tether.swarm.wire.local import MAX_MESSAGE, THIS_USER, LocalStream
 from tether.testing.streams import stream_pair
 
-SECONDS = 10
+SECONDS = 30
 
 
 class Heard:

@@ -34,6 +34,12 @@ def test_two_labs_call_each_other_over_one_connection_and_give_blobs_over_anothe
     assert seen["nobodys"] == ["PeerNotFoundError", "DeadlineExceededError", "BadKeyError"]
 
 
+def test_who_takes_leave_is_found_no_more_by_those_who_look_for_it_or_for_what_it_had():
+    seen = run("leaving")
+    assert (seen["found"], seen["says"]) == ([[], []], [0, 0.0])
+    assert seen["seconds"] < 2
+
+
 def test_who_no_longer_waits_for_a_connection_leaves_none():
     assert run("cancelled") == [0] * 6
 

@@ -76,6 +76,14 @@ def test_the_same_things_said_give_the_same_bytes_and_no_name_of_a_model():
     assert b"model-" not in sign(LAB, FULL, 7, NOW)
 
 
+def test_a_record_says_whether_the_lab_relays_and_flags_of_newer_versions_are_passed_over():
+    assert not parse(sign(LAB, FULL, 7, NOW)).relays
+    assert parse(sign(LAB, Capabilities(relays=True), 7, NOW)).relays
+    body = fields(sign(LAB, Capabilities(relays=True), 7, NOW))
+    body[-1] = 64 | 1
+    assert parse(signed(LAB, msgspec.msgpack.encode(body))).relays
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 300), st.integers(0, 4), st.integers(0, 8))
 def test_a_record_fits_one_datagram_however_much_the_lab_has(count, endpoints, gpus):
@@ -159,6 +167,8 @@ def test_a_listing_of_nonsense_is_none_even_when_signed(wrong):
         (11, bytes(31)),
         (12, bytes(16)),
         (12, b"1234567"),
+        (13, -1),
+        (13, 128),
         (12, b"bbbbbbbbaaaaaaaacccccccc"),
         (2, "7"),
         (6, b"\xff"),
@@ -304,6 +314,16 @@ def test_those_who_have_a_version_are_found_and_those_who_may_have_it():
     sure, maybe = book.holders(version, NOW)
     assert [record.peer for record in sure] == [other(2).public, other(1).public]
     assert [record.peer for record in maybe] == [other(4).public]
+
+
+def test_among_equals_those_of_the_same_region_come_first_then_the_least_loaded():
+    region = ""
+    book = PeerBook(SALT, is_known=lambda peer: peer == other(4).public, region=lambda: region)
+    for number, (where, load) in enumerate([("eu-west", 90), ("us-east", 0), ("", 10), ("us-east", 50)], 1):
+        book.offer(sign(other(number), Capabilities(region=where, load=load), 1, NOW), NOW)
+    assert [record.peer for record in book.peers(NOW)] == [other(number).public for number in (4, 2, 3, 1)]
+    region = "eu-west"
+    assert [record.peer for record in book.peers(NOW)] == [other(number).public for number in (4, 1, 2, 3)]
 
 
 def test_a_stranger_that_does_not_answer_makes_room_for_a_while_and_a_friend_stays():

@@ -3,23 +3,20 @@
 import asyncio
 import contextlib
 
-import framed_streams
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from relay_parties import SECONDS, TOKEN, Meeting, until
 from structlog.testing import capture_logs
 
 from tether.errors import ProtocolError, QueueFullError
 from tether.swarm.relaying.pairs import PROTOCOL, End, Pairs, RelayLimits, Wish, pair_message, read_pair, read_unpair
 from tether.swarm.relaying.relay import Relay, is_relaying
-from tether.swarm.udx import Udx, UdxStream
 from tether.swarm.wire.line import Line
-from tether.swarm.wire.protomux import Received
 
-TOKEN, OTHER = bytes(range(32)), bytes(32)
+OTHER = bytes(32)
 ANNA, BERT, CORA = "aa" * 32, "bb" * 32, "cc" * 32
 DATA = bytes(range(256)) * 4096
-SECONDS = 10
 
 
 def end(peer, asking, *, is_initiator=False):
@@ -114,80 +111,24 @@ class TestWire:
             read_pair(memoryview(pair_message(Wish(True, TOKEN, 1 << 32)))[1:])
 
 
-class Party:
-    """A peer of the relay: asks over TCP in place of a secure stream, and has a UDX socket and stream, number 1."""
-
-    def __init__(self, key, stream, heard):
-        self.key, self.udx, self.heard = key, Udx(), heard
-        self.socket = self.udx.socket()
-        self.port = self.socket.bind(0, "127.0.0.1")
-        self.data, self.codes = bytearray(), asyncio.Queue()
-        self.raw = UdxStream(self.udx, 1, on_data=self.data.extend, on_close=self.codes.put_nowait, on_firewall=lambda *_: False)
-        self.line = Line(stream, 1 << 20)
-        self.channel = self.line.mux.open(PROTOCOL, bytes.fromhex(key))
-        self.closed = asyncio.Event()
-        self.line.open(self.on_event, lambda _: self.closed.set())
-
-    def on_event(self, event):
-        if isinstance(event, Received):
-            self.heard.put_nowait((self.key, read_pair(event.body)))
-
-    def ask(self, token, *, is_initiator):
-        self.line.post(self.channel, pair_message(Wish(is_initiator, token, 1)))
-
-
 @pytest.fixture
 async def relaying():
     """Makes a relay and parties that ask it."""
-    made, servers, udx = [], [], Udx()
-    socket = udx.socket()
-    relay_port = socket.bind(0, "127.0.0.1")
-    heard = asyncio.Queue()
+    meeting = Meeting()
 
     async def make(limits=None, admits=lambda _: True, keys=(ANNA, BERT)):
         relay = Relay(admits, limits)
-        for number, key in enumerate(keys):
-            arrived = asyncio.get_running_loop().create_future()
-            server, port = await framed_streams.listen(arrived.set_result)
-            servers.append(server)
-            party = Party(key, await framed_streams.connect(port), heard)
-            made.append(party)
-            stream = await arrived
-            stream.peer = key
-            stream.carrier = UdxStream(udx, number)
-            stream.carrier.connect(socket, 1, party.port, "127.0.0.1")
-            relay.accept(stream)
-        return relay, relay_port, heard, made
+        for key in keys:
+            await meeting.come(key, lambda stream: relay.accept(stream, stream.carrier))
+        return relay, meeting, meeting.parties
 
     yield make
-    for party in made:
-        party.line.destroy()
-        party.udx.close()
-    udx.close()
-    for server in servers:
-        server.close()
-    await asyncio.sleep(0)
-
-
-async def join(relay_port, heard, parties):
-    """The two ask, are joined, and connect."""
-    for party in parties:
-        party.ask(TOKEN, is_initiator=party is parties[0])
-    async with asyncio.timeout(SECONDS):
-        wishes = dict([await heard.get(), await heard.get()])
-    for party in parties:
-        party.raw.connect(party.socket, wishes[party.key].stream_id, relay_port, "127.0.0.1")
-
-
-async def until(condition):
-    async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110 (what several machines do has no one event)
-            await asyncio.sleep(0.005)
+    await meeting.aclose()
 
 
 async def test_two_are_joined_and_what_passes_is_counted(relaying):
-    relay, port, heard, (anna, bert) = await relaying()
-    await join(port, heard, (anna, bert))
+    relay, meeting, (anna, bert) = await relaying()
+    await meeting.join(anna, bert)
     anna.raw.write(DATA)
     bert.raw.write(DATA[::-1])
     await until(lambda: len(anna.data) == len(bert.data) == len(DATA))
@@ -201,8 +142,8 @@ async def test_two_are_joined_and_what_passes_is_counted(relaying):
 
 
 async def test_two_that_found_a_direct_way_go_on_without_the_relay(relaying):
-    relay, port, heard, (anna, bert) = await relaying()
-    await join(port, heard, (anna, bert))
+    relay, meeting, (anna, bert) = await relaying()
+    await meeting.join(anna, bert)
     anna.raw.write(DATA)
     await until(lambda: len(bert.data) == len(DATA))
     anna.raw.change_remote(anna.socket, 1, bert.port, "127.0.0.1")
@@ -217,8 +158,8 @@ async def test_two_that_found_a_direct_way_go_on_without_the_relay(relaying):
 
 @pytest.mark.parametrize("how", ["time", "cut", "close"])
 async def test_a_pair_that_the_relay_ends_is_told_on_both_sides(relaying, how):
-    relay, port, heard, (anna, bert) = await relaying(RelayLimits(seconds=0.5 if how == "time" else 60.0))
-    await join(port, heard, (anna, bert))
+    relay, meeting, (anna, bert) = await relaying(RelayLimits(seconds=0.5 if how == "time" else 60.0))
+    await meeting.join(anna, bert)
     anna.raw.write(b"x")
     await until(lambda: bert.data == b"x")
     if how == "cut":
@@ -235,8 +176,8 @@ async def test_a_pair_that_the_relay_ends_is_told_on_both_sides(relaying, how):
 
 async def test_more_than_the_rate_is_delayed_and_then_lost_and_the_stream_lives(relaying):
     rate = 1e6
-    _, port, heard, (anna, bert) = await relaying(RelayLimits(nbytes_per_second=rate))
-    await join(port, heard, (anna, bert))
+    _, meeting, (anna, bert) = await relaying(RelayLimits(nbytes_per_second=rate))
+    await meeting.join(anna, bert)
     began = asyncio.get_running_loop().time()
     anna.raw.write(DATA)
     await until(lambda: len(bert.data) == len(DATA))
@@ -246,17 +187,17 @@ async def test_more_than_the_rate_is_delayed_and_then_lost_and_the_stream_lives(
 
 async def test_who_is_not_admitted_is_cut_at_once_and_who_is_no_more_is_not_joined(relaying):
     admitted = {ANNA}
-    relay, _, heard, (anna, bert) = await relaying(admits=lambda key: key in admitted)
+    relay, meeting, (anna, bert) = await relaying(admits=lambda key: key in admitted)
     await asyncio.wait_for(bert.closed.wait(), SECONDS)
     admitted.clear()
     anna.ask(TOKEN, is_initiator=True)
     await asyncio.wait_for(anna.closed.wait(), SECONDS)
-    assert heard.empty()
+    assert meeting.heard.empty()
     assert relay.status.waiting == 0
 
 
 async def test_a_peer_that_asks_for_too_much_loses_what_it_has(relaying):
-    relay, _, _, (anna, bert) = await relaying(RelayLimits(max_ends=3))
+    relay, _, (anna, bert) = await relaying(RelayLimits(max_ends=3))
     for number in range(4):
         anna.ask(bytes([number]) * 32, is_initiator=True)
     await asyncio.wait_for(anna.closed.wait(), SECONDS)
@@ -265,7 +206,7 @@ async def test_a_peer_that_asks_for_too_much_loses_what_it_has(relaying):
 
 
 async def test_a_peer_opens_so_many_streams(relaying):
-    _, _, _, parties = await relaying(RelayLimits(max_streams=2), keys=(ANNA, ANNA, ANNA, BERT))
+    _, _, parties = await relaying(RelayLimits(max_streams=2), keys=(ANNA, ANNA, ANNA, BERT))
     await asyncio.wait_for(parties[2].closed.wait(), SECONDS)
     assert [party.closed.is_set() for party in parties] == [False, False, True, False]
 
@@ -273,7 +214,7 @@ async def test_a_peer_opens_so_many_streams(relaying):
 @pytest.mark.parametrize("message", [b"\x00short", b"\x07what", b"\x00" + b"\xff" * 64, b"\x01"])
 async def test_who_breaks_the_protocol_is_cut_and_named(relaying, message):
     with capture_logs() as logs:
-        relay, _, _, (anna, bert) = await relaying()
+        relay, _, (anna, bert) = await relaying()
         anna.line.post(anna.channel, message)
         await asyncio.wait_for(anna.closed.wait(), SECONDS)
     assert [(entry["event"], entry["peer"]) for entry in logs] == [("peer cut", ANNA)]
@@ -282,7 +223,7 @@ async def test_who_breaks_the_protocol_is_cut_and_named(relaying, message):
 
 
 async def test_what_a_stream_is_for_shows_in_its_first_message(relaying):
-    _, _, _, (anna, _) = await relaying()
+    _, _, (anna, _) = await relaying()
     mux = Line(anna.line._stream, 1).mux
     mux.open(PROTOCOL, bytes.fromhex(ANNA))
     assert is_relaying(mux.take()[0])

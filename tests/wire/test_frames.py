@@ -5,7 +5,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.wire.frames import INLINE, FrameReader, FrameWriter
+from tether.ports import Undelivered
+from tether.wire.frames import INLINE, UNDELIVERED, WITHDRAWN, FrameReader, FrameWriter
 from tether.wire.ring import Ring, RingView
 
 Request = st.tuples(st.integers(0, 2**32 - 1), st.binary(max_size=300), st.integers(0, 300), st.integers(0, 2**32 - 1))
@@ -80,3 +81,15 @@ def test_ring_blocks_never_overlap_and_all_come_back(sizes, order):
         ring.give_back(*block)
     assert ring.put(bytes(256 << 10)) == 0
     ring.close()
+
+
+def test_what_is_taken_back_and_what_was_not_delivered_stand_among_the_rest():
+    writer = FrameWriter()
+    writer.request(1, b"body", 0, 10)
+    writer.withdraw(1)
+    writer.undelivered(2, Undelivered.LOST)
+    writer.reply(3, 200, b"answer", 0)
+    read = feed(FrameReader(), b"".join(writer.take()), random.Random("frames"))
+    assert [(head.id, head.status, body) for head, body in read][:2] == [(1, 0, b"body"), (1, WITHDRAWN, b"")]
+    assert (read[2][0].id, UNDELIVERED[read[2][0].status]) == (2, Undelivered.LOST)
+    assert (read[3][0].id, read[3][1]) == (3, b"answer")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tether.errors import BadInputError
 from tether.types import InferRequest, ModelInfo, TensorSpec
-from tether.worker.batching import Rows, join_inputs, next_batch, rows_of, split_outputs
+from tether.worker.batching import Rows, Waiting, join_inputs, rows_of, split_outputs
 
 
 def info(*, batched=True):
@@ -20,25 +20,57 @@ def request(rows, columns=4):
 
 
 KEYS = [(("x", "<f4", (4,)),), (("x", "<f4", (5,)),), None]
+ROWS = st.builds(Rows, st.integers(1, 40), st.sampled_from(KEYS))
 
 
-@given(st.lists(st.builds(Rows, st.integers(1, 40), st.sampled_from(KEYS)), max_size=50), st.integers(1, 64))
-def test_a_batch_is_a_run_of_one_key_that_fits(waiting, max_rows):
-    count = next_batch(waiting, max_rows)
-    batch = waiting[:count]
-    assert (count == 0) == (not waiting)
-    if count > 1:
-        assert {rows.key for rows in batch} == {batch[0].key}
-        assert batch[0].key is not None
-        assert sum(rows.count for rows in batch) <= max_rows
-    if waiting and count < len(waiting) and batch[0].key is not None:
-        following = waiting[count]
-        assert following.key != batch[0].key or sum(rows.count for rows in batch) + following.count > max_rows
+@given(st.lists(ROWS, max_size=50), st.integers(1, 64))
+def test_batches_are_of_one_shape_fit_keep_the_order_within_it_and_begin_with_who_waits_longest(arriving, most_rows):
+    waiting, left = Waiting(), dict(enumerate(arriving))
+    for number, rows in left.items():
+        waiting.add(rows, number)
+    while waiting:
+        batch = waiting.take(most_rows)
+        assert batch[0] == min(left)
+        key = left[batch[0]].key
+        of_this_shape = [number for number, rows in left.items() if rows.key == key]
+        assert batch == of_this_shape[: len(batch)]
+        rows = sum(left[number].count for number in batch)
+        assert len(batch) == 1 or (key is not None and rows <= most_rows)
+        if key is not None and len(batch) < len(of_this_shape):
+            assert rows + left[of_this_shape[len(batch)]].count > most_rows
+        for number in batch:
+            del left[number]
+        assert len(waiting) == len(left)
+    assert left == {}
+    assert waiting.take(most_rows) == []
+
+
+@given(st.lists(ROWS, max_size=30), st.sets(st.integers(0, 29)))
+def test_what_is_dropped_is_not_run_and_nothing_else_is_lost(arriving, unwanted):
+    waiting = Waiting()
+    for number, rows in enumerate(arriving):
+        waiting.add(rows, number)
+    dropped = waiting.drop(unwanted.__contains__)
+    kept = []
+    while waiting:
+        kept += waiting.take(8)
+    assert sorted(dropped) == sorted(unwanted & set(range(len(arriving))))
+    assert sorted(dropped + kept) == list(range(len(arriving)))
+
+
+def test_shapes_that_alternate_are_joined_with_their_own():
+    waiting = Waiting()
+    for number in range(10):
+        waiting.add(Rows(1, KEYS[number % 2]), number)
+    assert [waiting.take(32), waiting.take(32)] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
 
 
 def test_a_model_without_a_batch_axis_runs_alone():
     assert rows_of(request(3), info(batched=False)) == Rows(1, None)
-    assert next_batch([Rows(1, None), Rows(1, None)], 32) == 1
+    waiting = Waiting()
+    waiting.add(Rows(1, None), "first")
+    waiting.add(Rows(1, None), "second")
+    assert waiting.take(32) == ["first"]
 
 
 def test_inputs_that_disagree_about_the_batch_are_refused():

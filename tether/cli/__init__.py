@@ -12,12 +12,14 @@ __all__ = ["main", "tether"]
 _HOMES = {
     "lifecycle": ("up", "down", "status"),
     "logs": ("logs",),
+    "events": ("events",),
     "doctor": ("doctor",),
     "models": ("models", "show", "alias", "rollback", "diff", "verify", "repair", "rm", "gc", "trust"),
     "files": ("publish", "export"),
     "sharing": ("invite", "peers", "allow", "disallow", "accept", "rotate"),
     "labs": ("enrol", "replicate"),
     "copying": ("policy", "hold"),
+    "lending": ("lend",),
     "infer": ("infer",),
     "services": ("gateway", "orchestrator", "worker", "manager"),
 }

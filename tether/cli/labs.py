@@ -8,6 +8,8 @@ import click
 
 from tether.cli.options import Target, as_json, at_lab, run
 from tether.cli.tables import print_json, print_table
+from tether.config import DataFolder
+from tether.errors import NoLabError
 from tether.lab.sizes import size_text
 
 if TYPE_CHECKING:
@@ -22,14 +24,38 @@ __all__ = ["enrol", "replicate"]
 @at_lab
 @as_json
 def enrol(invitation: str, target: Target, json_: bool) -> None:
-    """Use an INVITATION, tether://…#…: find the lab, and be let in there. Afterwards its address is enough."""
-    with target.connect() as lab:
-        scopes = lab.join(invitation)
+    """Use an INVITATION, tether://…#…: find the lab, and be let in there. Afterwards its address is enough.
+
+    Where no lab runs on the data folder, its manager is started for this: `tether.connect(…)` is let in afterwards, too.
+    """
+    scopes = _joined(invitation, target)
     address = invitation.partition("#")[0]
     if json_:
         print_json({"address": address, "scopes": scopes})
     else:
         click.echo(f"{address} lets this lab in: {', '.join(scopes) or 'as before'}")
+
+
+def _joined(invitation: str, target: Target) -> list[str]:
+    """All that the lab of the data folder may do there, or its owner where none runs."""
+    try:
+        with target.connect() as lab:
+            return lab.join(invitation)
+    except NoLabError:
+        if target.url is not None:
+            raise
+    return run(_join_alone(invitation, target.data))
+
+
+async def _join_alone(invitation: str, data: str | None) -> list[str]:
+    from tether.client.own_manager import OwnManager  # what speaks with managers is not for `--help`
+    from tether.client.replicating import OwnReplicating
+
+    own = OwnManager(DataFolder.locate(data))
+    try:
+        return list((await OwnReplicating(own).join(invitation)).get("scopes") or ())
+    finally:
+        await own.aclose()
 
 
 @click.command("replicate")

@@ -15,6 +15,7 @@ from tether.errors import NoLabError
 
 if TYPE_CHECKING:
     from tether.lab.launch import UpSettings
+    from tether.lab.swarm_state import SwarmState
 
 __all__ = ["down", "status", "up"]
 
@@ -24,12 +25,19 @@ def _gpus(ctx: click.Context, param: click.Parameter, value: str) -> Any:
 
 
 @click.command("up")
-@click.option("--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Worker processes.")
+@click.option("--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Worker processes.")
 @click.option("--gpus", callback=_gpus, metavar="auto|N", default="0", show_default=True, help="GPUs of this machine to use; auto: all.")
 @click.option("--pretend-gpus", is_flag=True, help="Tag workers with GPUs that are not there, to test placement.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the gateway  [default: 8000, or the next free one].")
 @click.option(
     "--bootstrap", metavar="HOST:PORT,…", help="Nodes by which the swarm is entered  [default: TETHER_BOOTSTRAP, else public ones]."
+)
+@click.option("--region", help="Where the lab is, such as eu-west; remembered  [default: TETHER_REGION, else what was said last].")
+@click.option("--relay", is_flag=True, help="Let labs that this one knows reach each other through it; it needs a public address.")
+@click.option(
+    "--relay-through",
+    metavar="ADDRESS,…",
+    help="Labs to go through where no direct way is found  [default: TETHER_RELAY_THROUGH, else known ones that relay].",
 )
 @click.option("--no-swarm", is_flag=True, help="Speak with no other lab.")
 @click.option("--detach", is_flag=True, help="Return when the lab is up; end it with `tether down`.")
@@ -76,23 +84,33 @@ def down(data: str | None) -> None:
     click.echo("The lab has ended.")
 
 
+def _swarm_text(swarm: SwarmState, now: float) -> str:
+    if swarm.since is None:
+        return ": ".join(filter(None, (swarm.state, swarm.detail)))
+    return f"{swarm.state} for {age_text(now - swarm.since)}, {swarm.peers} connected; {swarm.detail}"
+
+
 @click.command("status")
 @at_lab
 @as_json
 def status(target: Target, json_: bool) -> None:
-    """Services, workers and models of a lab."""
+    """Services, workers and models of a lab, and whether other labs can find it."""
     with target.connect() as lab:
         if json_:
             print_json(run(lab.operations.client.status()))
             return
         found, now = lab.status(), time.time()
-    click.echo(f"gateway  {found.gateway or 'none'}\naddress  {found.address or 'none'}\ndata     {found.data}\n")
+    click.echo(f"gateway  {found.gateway or 'none'}\naddress  {found.address or 'none'}\ndata     {found.data}")
+    click.echo(f"swarm    {_swarm_text(found.swarm, now)}\n")
     print_table(
         ("service", "state", "for", "pid", "address"),
         [(each.name, each.state, age_text(now - each.since), each.pid or "", each.address) for each in found.services],
     )
     click.echo()
-    print_table(("worker", "state", "gpus", "models"), [(each.id, each.state, each.gpus, ", ".join(each.models)) for each in found.workers])
+    print_table(
+        ("worker", "state", "transport", "gpus", "models"),
+        [(each.id, each.state, each.way, each.gpus, ", ".join(each.models)) for each in found.workers],
+    )
     click.echo()
     print_table(
         ("model", "version", "state"), [(model.name, each.version, each.state) for model in found.models for each in model.versions]

@@ -120,6 +120,8 @@ def allow(key: str, scopes: tuple[str, ...], label: str | None, target: Target, 
     for envelope in allowed.envelopes.values():
         click.echo(envelope)
     click.echo(f"{allowed.peer} may: {', '.join(allowed.scopes)}", err=bool(allowed.envelopes))
+    if allowed.note:
+        click.echo(allowed.note, err=True)
 
 
 @click.command("disallow")
@@ -144,11 +146,12 @@ def disallow(key: str, scopes: tuple[str, ...], target: Target, json_: bool) -> 
 
 
 @click.group("peers", invoke_without_command=True)
+@click.option("--all", "every", is_flag=True, help="Strangers too: who is merely connected, or says that it holds models.")
 @at_lab
 @as_json
 @click.pass_context
-def peers(context: click.Context, target: Target, json_: bool) -> None:
-    """List who was let in, what they may do, and how they are connected."""
+def peers(context: click.Context, *, every: bool, target: Target, json_: bool) -> None:
+    """List who was let in, what they may do, how they are connected, and what they say they have."""
     if context.invoked_subcommand is not None:
         return
     with target.connect() as lab:
@@ -156,13 +159,27 @@ def peers(context: click.Context, target: Target, json_: bool) -> None:
             print_json({"peers": run(lab.operations.client.admitting.peers())})
             return
         found = lab.peers.values()
-    print_table(("name", "state", "scopes", "connected", "round trip", "versions", "key"), [_row(each) for each in found])
+    shown = [each for each in found if every or not each.stranger]
+    head = ("name", "state", "scopes", "connected", "round trip", "holds", "region", "gpus", "load", "key")
+    print_table(head, [_row(each) for each in shown])
+    if others := len(found) - len(shown):
+        click.echo(f"and {others} other{'s' if others > 1 else ''} that nobody here knows: --all lists them", err=True)
 
 
 def _row(peer: PeerInfo) -> tuple[object, ...]:
     trip = "" if peer.round_trip is None else f"{peer.round_trip * 1000:.0f} ms"
-    versions = "" if peer.versions is None else peer.versions
-    return peer.petname or peer.label, peer.state, ", ".join(peer.scopes), peer.route or "", trip, versions, peer.peer
+    connected = (peer.route or "", trip)
+    return (
+        peer.petname or peer.label,
+        peer.state,
+        ", ".join(peer.scopes),
+        *connected,
+        peer.holds,
+        peer.region,
+        peer.cards,
+        peer.busy,
+        peer.peer,
+    )
 
 
 @peers.command("name")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-__all__ = ["age_text", "pairs_text", "print_json", "print_table", "table_text"]
+__all__ = ["age_text", "pairs_text", "plain", "print_json", "print_table", "table_text"]
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
@@ -20,12 +20,12 @@ def table_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     NAME    VERSIONS
     digits  2
     """
-    cells = [[cell.upper() for cell in head], *([_plain(cell) for cell in row] for row in rows)]
+    cells = [[cell.upper() for cell in head], *([plain(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def _plain(cell: object) -> str:
+def plain(cell: object) -> str:
     """On one line and without control characters: names and tags come from others and go to a terminal."""
     return "".join(char if char.isprintable() else "?" for char in str(cell))
 

@@ -121,6 +121,8 @@ _JOIN_TIMEOUT = 60.0
 
 _TAKE_OVER = 15.0
 """Seconds from the first failure in which a call is repeated: a take-over may take ten."""
+_GLANCE = 1.0
+"""Seconds for a look at how things are: it is taken when something is away, and has to come then, too."""
 _RETRY = 0.2
 _LOOK = 0.25
 _REPEATABLE = frozenset(
@@ -146,6 +148,10 @@ _REPEATABLE = frozenset(
         "hold",
         "holdings",
         "end_holding",
+        "lend",
+        "lendings",
+        "end_lending",
+        "borrowings",
         "copies",
         "address",
         "invitations",
@@ -291,6 +297,14 @@ class ManagerClient:
     async def release(self, publisher: str, model: str) -> dict[str, Any]:
         return dict(await self._ask("release", publisher=publisher, model=model))
 
+    async def swarm(self) -> dict[str, Any]:
+        """Asked once: that the manager does not answer now is what one wants to know, too."""
+        return dict((await self._try("swarm", _GLANCE, {}))["answer"])
+
+    async def contacts(self) -> dict[str, Any]:
+        """Asked once, as `swarm`: who wants to know looks again."""
+        return dict((await self._try("contacts", _GLANCE, {}))["answer"])
+
     async def set_policy(self, model: str, policy: Mapping[str, Any] | None) -> dict[str, Any]:
         return dict(await self._ask("set_policy", model=model, policy=None if policy is None else dict(policy)))
 
@@ -305,6 +319,18 @@ class ManagerClient:
 
     async def end_holding(self, publisher: str) -> dict[str, Any]:
         return dict(await self._ask("end_holding", publisher=publisher))
+
+    async def lend(self, publisher: str, models: str = "*", slots: int | None = None) -> dict[str, Any]:
+        return dict(await self._ask("lend", _JOIN_TIMEOUT, publisher=publisher, models=models, slots=slots))
+
+    async def lendings(self) -> list[dict[str, Any]]:
+        return list(await self._ask("lendings"))
+
+    async def end_lending(self, publisher: str) -> dict[str, Any]:
+        return dict(await self._ask("end_lending", publisher=publisher))
+
+    async def borrowings(self) -> list[dict[str, Any]]:
+        return list(await self._ask("borrowings"))
 
     async def copies(self, model: str) -> dict[str, Any]:
         return dict(await self._ask("copies", model=model))

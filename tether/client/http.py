@@ -18,6 +18,7 @@ from tether._version import __version__
 from tether.client.admitting import Admitting
 from tether.client.copying import Copying
 from tether.client.forking import abandon
+from tether.client.lending import Lending
 from tether.client.replicating import Replicating
 from tether.errors import (
     BadInputError,
@@ -99,6 +100,8 @@ class HttpClient:
         """What it keeps of other labs."""
         self.copying = Copying(self._ask)
         """Copies of its models elsewhere, and of others' there."""
+        self.lending = Lending(self._ask)
+        """Workers that it lends to others."""
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -230,6 +233,10 @@ class HttpClient:
 
     async def status(self) -> dict[str, Any]:
         return await self._json(_Call("GET", "/tether/v1/status"))
+
+    async def events(self, after: int | None, wait: float) -> dict[str, Any]:
+        query = f"wait={wait:g}" + ("" if after is None else f"&after={after}")
+        return await self._json(_Call("GET", f"/tether/v1/events?{query}", timeout=wait + _TIMEOUT))
 
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
         return await self._json(_with_json("PUT", f"/tether/v1/trust/{quote(publisher, safe='')}", {"scopes": list(scopes)}))

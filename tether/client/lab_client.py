@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from tether.ports import Admitting, Copying, Replicating
+from tether.ports import Admitting, Copying, Lending, Replicating
 from tether.types import InferResponse, Tensors
 
 __all__ = ["LabClient"]
@@ -32,6 +32,11 @@ class LabClient(Protocol):
     @property
     def copying(self) -> Copying:
         """Copies of this lab's models elsewhere, and of others' here."""
+        ...
+
+    @property
+    def lending(self) -> Lending:
+        """Workers that this lab lends to others."""
         ...
 
     async def aclose(self) -> None:
@@ -103,5 +108,11 @@ class LabClient(Protocol):
     async def workers(self) -> list[dict[str, Any]]: ...
 
     async def status(self) -> dict[str, Any]: ...
+
+    async def events(self, after: int | None, wait: float) -> dict[str, Any]:
+        """`{"events", "seq"}`: what happened after that number (0: all that is still known), at once, or within `wait` seconds when
+        something does. None: nothing, and the number of now.
+        """
+        ...
 
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]: ...

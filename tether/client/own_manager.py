@@ -12,7 +12,7 @@ from tether.client.starting import start_manager
 from tether.config import DataFolder
 from tether.errors import DeadlineExceededError, ManagerLeavingError, RemoteError, ServiceUnavailableError, StreamLostError, TetherError
 from tether.manager.locks import is_locked
-from tether.swarm.rpc.rpc import RpcConnection
+from tether.swarm.rpc.rpc import Outgoing, RpcConnection
 from tether.swarm.wire.local import THIS_USER, connect
 
 __all__ = ["OwnManager", "dismiss"]
@@ -39,8 +39,9 @@ class OwnManager:
         self._opening = asyncio.Lock()
         self._connection: RpcConnection | None = None
 
-    async def request(self, method: str, value: bytes = b"", timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (it also goes to the manager)
+    async def request(self, method: str, value: bytes | Outgoing = b"", timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (it also goes to the manager)
         """What a method of the door (manager/peering/door.py) answers. A call that was made is not repeated: it may have been heard.
+        `value` lies in memory, whole or in parts.
 
         Raises: what it answers; ServiceUnavailableError: none answers; StreamLostError: it ended meanwhile; StartFailedError;
         DeadlineExceededError.

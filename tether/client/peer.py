@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from tether.client.admitting import Admitting
 from tether.client.copying import Copying
+from tether.client.lending import Lending
 from tether.client.own_manager import OwnManager
 from tether.client.replicating import OwnReplicating
 from tether.config import DataFolder, bootstrap_nodes
@@ -28,6 +29,7 @@ from tether.errors import (
 )
 from tether.security.addresses import Link
 from tether.security.scopes import METHODS
+from tether.swarm.rpc.rpc import Chunk, Outgoing, Piece
 from tether.types import InferResponse, ModelRef, Tensors
 from tether.wire.heads import joined
 from tether.wire.oip import decode_response, encode_request
@@ -38,13 +40,15 @@ _CONNECT: Final = 60.0
 """Seconds for the lab to be found: a manager may have to be started, enter the DHT, and punch a hole."""
 _TIMEOUT: Final = 65.0
 """Seconds; over the 60 of the gateway there, so that its answer, which says more, comes first."""
+_NBYTES_PER_SECOND: Final = 1 << 20
+"""That a line carries at least: for a large request there is more time, unless its caller says how much."""
 _GRACE: Final = 2.0
 """Seconds that the manager's own word on a deadline may be late."""
 _LENGTH_NBYTES: Final = 4
 """Before the JSON of an answer: its length, little-endian."""
 _LONG: Final = 1800.0
 """Seconds for a publish: a sandbox may import TensorFlow."""
-_READING: Final = frozenset({"manifest", "models", "ping"})
+_READING: Final = frozenset({"events", "manifest", "models", "ping"})
 """Methods that may be heard twice."""
 _ENCRYPTING: Final = ("encrypt a model", "`tether publish --encrypt`")
 
@@ -91,6 +95,16 @@ class PeerClient:
         del method, path, value, repeatable
         self._only_there("agree on copies of models, or tell where they are", "`tether policy`, `tether hold`, `tether show`")
 
+    @property
+    def lending(self) -> Lending:
+        """Nothing of it: each call is refused."""
+        return Lending(self._refused_lending)
+
+    async def _refused_lending(self, method: str, path: str, value: dict[str, Any] | None = None, *, repeatable: bool = True) -> Never:
+        """Raises: UnsupportedError."""
+        del method, path, value, repeatable
+        self._only_there("lend its workers", "`tether lend`")
+
     async def _admission(self, method: str, path: str, value: dict[str, Any] | None = None, *, repeatable: bool = True) -> dict[str, Any]:
         """Raises: UnsupportedError."""
         del value, repeatable
@@ -131,15 +145,15 @@ class PeerClient:
         """
         body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True)
         value = _addressed(body, header_nbytes or len(body), model, version)
-        answer = await self._inferred(value, (model, version), _TIMEOUT if timeout is None else timeout)
+        answer = await self._inferred(value, (model, version), _patience(len(body)) if timeout is None else timeout)
         return decode_response(memoryview(answer)[_LENGTH_NBYTES:], int.from_bytes(answer[:_LENGTH_NBYTES], "little"))
 
-    async def _inferred(self, value: bytes, asked: tuple[str, int | None], timeout: float) -> bytes:  # noqa: ASYNC109 (as above)
+    async def _inferred(self, value: Piece, asked: tuple[str, int | None], timeout: float) -> bytes:  # noqa: ASYNC109 (as above)
         clock = asyncio.get_running_loop().time
         end = clock() + timeout
         while True:
             try:
-                return await self._request("infer", value, max(end - clock(), 0.0))
+                return await self._request("infer", max(end - clock(), 0.0), *value)
             except StreamLostError:
                 if clock() >= end or not await self._is_pure(*asked):
                     raise
@@ -173,7 +187,7 @@ class PeerClient:
         """Stage a blob for a publish. Raises: DigestMismatchError, NoSpaceError; UnsupportedError: it is to be encrypted there."""
         if encrypt is not None:
             self._only_there(*_ENCRYPTING)
-        await self._request("stage", bytes.fromhex(digest) + data, _TIMEOUT)
+        await self._request("stage", _TIMEOUT, bytes.fromhex(digest), data)
 
     async def get_blob(self, digest: str, version: str | None = None) -> bytes:
         """The bytes as they came; whoever uses them checks the digest. Raises: NotFoundError, ForbiddenError."""
@@ -231,6 +245,10 @@ class PeerClient:
     async def set_alias(self, name: str, alias: str, version: int) -> dict[str, Any]:
         return await self._asked("alias", {"name": name, "alias": alias, "version": version})
 
+    async def events(self, after: int | None, wait: float) -> dict[str, Any]:
+        """Of the models that the lab lets this one hear of."""
+        return await self._asked("events", {"after": after, "wait": wait}, wait + _TIMEOUT)
+
     # What a lab is asked by its own people only
 
     async def delete_version(self, name: str, version: int) -> dict[str, Any]:
@@ -279,11 +297,11 @@ class PeerClient:
 
     async def _asked(self, method: str, value: Any, timeout: float = _TIMEOUT) -> dict[str, Any]:  # noqa: ASYNC109 (as above)
         try:
-            answer = await self._request(method, orjson.dumps(value), timeout)
+            answer = await self._request(method, timeout, orjson.dumps(value))
         except StreamLostError:
             if method not in _READING:
                 raise
-            answer = await self._request(method, orjson.dumps(value), timeout)
+            answer = await self._request(method, timeout, orjson.dumps(value))
         try:
             told = orjson.loads(answer)
         except orjson.JSONDecodeError as error:
@@ -292,11 +310,11 @@ class PeerClient:
             raise RemoteError(f"the lab answered {method} with JSON that is not an object; do its version and this one differ?")
         return told
 
-    async def _request(self, method: str, value: bytes, timeout: float) -> bytes:  # noqa: ASYNC109 (as above)
+    async def _request(self, method: str, timeout: float, *value: Chunk) -> bytes:  # noqa: ASYNC109 (as above)
         await self._introduced()
         head = {"peer": self._link.address.key, "method": method, "timeout": timeout}
         try:
-            return await self._own.request("peer/call", joined(head, value), timeout + _GRACE)
+            return await self._own.request("peer/call", Outgoing.of(joined(head), *value), timeout + _GRACE)
         except ForbiddenError as error:
             raise _lacking(method, error) from error
 
@@ -307,10 +325,15 @@ class PeerClient:
             self._link, self._is_known = Link(self._link.address), True
 
 
-def _addressed(body: bytes, header_nbytes: int, model: str, version: int | None) -> bytes:
+def _patience(nbytes: int) -> float:
+    """Seconds for an inference whose caller did not say."""
+    return _TIMEOUT + nbytes / _NBYTES_PER_SECOND
+
+
+def _addressed(body: bytes, header_nbytes: int, model: str, version: int | None) -> Piece:
     """`u32 | JSON | tensors`: the request with the model's name in its JSON, which over HTTP is in the path."""
     names = {"model_name": model} | ({} if version is None else {"model_version": str(version)})
-    return joined(orjson.loads(memoryview(body)[:header_nbytes]) | names, memoryview(body)[header_nbytes:])
+    return joined(orjson.loads(memoryview(body)[:header_nbytes]) | names), memoryview(body)[header_nbytes:]
 
 
 def _lacking(method: str, error: ForbiddenError) -> ForbiddenError:

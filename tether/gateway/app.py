@@ -23,10 +23,12 @@ from tether.gateway.admitting import ADMITTING
 from tether.gateway.copying import COPYING
 from tether.gateway.docs import openapi, page
 from tether.gateway.door import Dispatcher, Door, Settings
+from tether.gateway.lending import LENDING
 from tether.gateway.management import MANAGEMENT
 from tether.gateway.protocol import FastProtocol, protocol_class
 from tether.gateway.replicating import REPLICATING
 from tether.gateway.routes import PROTOCOL, Answer, Call, Endpoint, as_json
+from tether.gateway.watching import WATCHING
 from tether.gateway.zarr_door import ZARR
 from tether.telemetry.accesslog import Access
 from tether.wire.oip import encode_error
@@ -53,7 +55,7 @@ def make_app(door: Door) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
 
 
 def _endpoints() -> tuple[Endpoint, ...]:
-    shown = (*PROTOCOL, *MANAGEMENT, *ADMITTING, *REPLICATING, *COPYING, *ZARR)
+    shown = (*PROTOCOL, *MANAGEMENT, *ADMITTING, *REPLICATING, *COPYING, *LENDING, *WATCHING, *ZARR)
 
     async def document(_call: Call) -> Answer:
         return as_json(openapi(shown))
@@ -213,9 +215,10 @@ def _peers(connection: FastProtocol | None) -> _Peers:
 class _Server(uvicorn.Server):
     """uvicorn's server, ended by an event instead of signals, which are the service's own."""
 
-    def __init__(self, config: uvicorn.Config, stop: asyncio.Event, started: Callable[[], None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, stop: asyncio.Event, started: Callable[[], None] | None, ending: Callable[[], None]) -> None:
+        """`ending` is called before open requests are waited for."""
         super().__init__(config)
-        self._stop, self._announce = stop, started
+        self._stop, self._announce, self._ending = stop, started, ending
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -230,6 +233,7 @@ class _Server(uvicorn.Server):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), 1.0)
             await self.on_tick(0)
+        self._ending()
 
 
 async def serve(
@@ -258,7 +262,7 @@ async def serve(
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
-    server = _Server(config, stop, started)
+    server = _Server(config, stop, started, dispatcher.events.close)
     try:
         await server.serve(sockets=list(sockets))
     finally:

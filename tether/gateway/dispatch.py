@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import structlog
 
 from tether.errors import DeadlineExceededError, InternalError, LoadFailedError, NoWorkerError, TetherError, WorkerLostError, from_code
+from tether.gateway.contacts import ContactWatch
+from tether.gateway.event_log import EventLog
 from tether.gateway.transport import UnixTransport
-from tether.ports import Hop, HopReply, Management, Undelivered
+from tether.ports import Endpoint, Hop, HopReply, Management, Undelivered
 from tether.routing.policies import least_outstanding
 from tether.routing.table import Route, Table, VersionEntry
 from tether.types import ModelVersion
@@ -69,9 +71,11 @@ class Dispatch:
     def __init__(self, control: ControlPlane, management: Management) -> None:
         self.table = Table()
         self.management = management
+        self.events = EventLog()
+        self._contacts = ContactWatch(self.events, management)
         self._control = control
         self._ring = _make_ring()
-        self._transports: dict[Route, UnixTransport] = {}
+        self._transports: dict[Endpoint, UnixTransport] = {}
         self._pending: dict[ModelVersion, deque[_Call]] = {}
         """Calls that wait for their version to be loaded somewhere."""
         self._open: set[_Call] = set()
@@ -108,12 +112,13 @@ class Dispatch:
     def replace_table(self, table: Table) -> None:
         """A push from the orchestrator."""
         self.table = table
+        self.events.see(table)
         self._pushed.set()
-        live = {route for entry in table.models.values() for version in entry.versions.values() for route in version.routes}
-        for route in [route for route in self._transports if route not in live]:
-            transport = self._transports[route]
+        live = {route.endpoint for entry in table.models.values() for version in entry.versions.values() for route in version.routes}
+        for endpoint in [endpoint for endpoint in self._transports if endpoint not in live]:
+            transport = self._transports[endpoint]
             if transport.closed or transport.in_flight == 0:
-                del self._transports[route]
+                del self._transports[endpoint]
                 transport.close()
         waiting, self._pending = self._pending, {}
         for calls in waiting.values():
@@ -127,6 +132,7 @@ class Dispatch:
 
     def close(self) -> None:
         """Drop the connections."""
+        self._contacts.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
         for task in self._tasks:
@@ -147,13 +153,13 @@ class Dispatch:
         call.abandon = self._transport(route).send(call.hop, lambda reply: self._replied(call, route, reply))
 
     def _outstanding(self, route: Route) -> int:
-        transport = self._transports.get(route)
+        transport = self._transports.get(route.endpoint)
         return transport.in_flight if transport is not None and not transport.closed else 0
 
     def _transport(self, route: Route) -> UnixTransport:
-        transport = self._transports.get(route)
+        transport = self._transports.get(route.endpoint)
         if transport is None or transport.closed:
-            transport = self._transports[route] = UnixTransport(route.endpoint, self._ring)
+            transport = self._transports[route.endpoint] = UnixTransport(route.endpoint, self._ring)
         return transport
 
     def _replied(self, call: _Call, route: Route, reply: HopReply | Undelivered) -> None:

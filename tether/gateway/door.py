@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from tether.config import Limits
 from tether.errors import MalformedRequestError, TetherError
 from tether.gateway.admission import Admission, Headers, Keys, timeout_of
+from tether.gateway.event_log import EventLog
 from tether.gateway.oip import Target, raw_request, target_of
 from tether.ports import Hop, HopReply, Management
 from tether.routing.table import Table
@@ -32,6 +33,7 @@ class Dispatcher(Protocol):
     table: Table
     """Replaced on each push of the orchestrator, never changed in place."""
     management: Management
+    events: EventLog
 
     def infer(self, model: str, version: str | None, hop: Hop, done: Callable[[HopReply], None], /) -> Callable[[], None]:
         """Answer one request: `done` is called once, on the loop's thread, perhaps before this returns; errors come as replies too.

@@ -149,6 +149,9 @@ def _worker(worker: WorkerEntry) -> dict[str, Any]:
         "since": worker.since,
         "gpus": worker.gpus,
         "models": list(worker.models),
+        "transport": worker.transport,
+        "slots": worker.slots,
+        "peer": worker.peer,
     }
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from tether.client.cluster import ManagerClient, OrchestratorClient
 from tether.config import GATEWAY_PORT, HOUSEKEEPING, ORCHESTRATOR_PORT, DataFolder
-from tether.errors import ConfigError, PortBusyError
+from tether.errors import ConfigError, PortBusyError, TetherError
 from tether.gateway.admission import Keys, fingerprint
 from tether.gateway.app import serve
 from tether.gateway.dispatch import Dispatch
@@ -44,8 +44,16 @@ class _Control:
         return await self.orchestrator.want(model)
 
     async def status(self) -> dict[str, Any]:
-        """What the supervisor says of the services, with the workers and models of the table."""
-        return _described(self._folder) | {"workers": _workers(self.dispatch.table), "models": _models(self.dispatch.table)}
+        """What the supervisor says of the services, with the workers and models of the table, and what the manager says of the swarm."""
+        swarm = await self._swarm()
+        table = self.dispatch.table
+        return _described(self._folder) | {"swarm": swarm, "workers": _workers(table), "models": _models(table)}
+
+    async def _swarm(self) -> dict[str, Any]:
+        try:
+            return await self.manager.swarm()
+        except TetherError as error:
+            return {"state": "unknown", "detail": str(error)}
 
     async def close(self) -> None:
         self.dispatch.close()

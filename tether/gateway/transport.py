@@ -1,6 +1,6 @@
-"""From this gateway to one model of one worker on the same host: frames over a Unix socket, large bodies in the ring (FASTPATH.md §2).
+"""From this gateway to one model of one worker: frames over a Unix socket, large bodies in the ring (FASTPATH.md §2).
 
-What goes to an endpoint in one tick of the loop leaves in one frame.
+What goes to an endpoint in one tick of the loop leaves in one frame. A lent worker's endpoint is served by the manager, on the same host.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import cast
 
 from tether.ports import Endpoint, Hop, HopReply, OnReply, Undelivered
-from tether.wire.frames import INLINE, FrameReader, FrameWriter
+from tether.wire.frames import INLINE, UNDELIVERED, FrameReader, FrameWriter
 from tether.wire.ring import RING_FROM_NBYTES, Ring
 
 __all__ = ["UnixTransport"]
@@ -73,7 +73,8 @@ class UnixTransport(asyncio.BufferedProtocol):
                 continue
             on_reply, offset, size = waiting
             self._give_back(offset, size)
-            on_reply(HopReply(head.status, bytes(payload), head.header_nbytes))
+            reason = UNDELIVERED.get(head.status)
+            on_reply(HopReply(head.status, bytes(payload), head.header_nbytes) if reason is None else reason)
         frame.clear()
         self._reader.release()
 
@@ -101,6 +102,10 @@ class UnixTransport(asyncio.BufferedProtocol):
         waiting = self._waiting.get(request_id)
         if waiting is not None:
             self._waiting[request_id] = (_ignore, waiting[1], waiting[2])
+            self._writer.withdraw(request_id)
+            if not self._due:
+                self._due = True
+                self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         if self._transport is None:

@@ -45,7 +45,8 @@ class Admitting(ABC):
         such as `["infer:digits*", "replicate:digits*"]`. `expires`: "90s", "12h", "30d", seconds, or "never". `uses`: how many keys may
         come by it. `label`: who it is for. The link's secret is in the answer only.
 
-        Raises: BadScopeError, BadTermsError, BadNameError: `label`.
+        Raises: BadScopeError, BadTermsError, BadNameError: `label`; UnsupportedError: the lab was started without the swarm, so that nobody
+        could come by it; MissingDependencyError: PythonMonkey is not installed where its manager runs.
         """
         scopes = _scopes(model, scope)
         return described(Invitation, await self._door.invite(scopes, expires, uses, label))

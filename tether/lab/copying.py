@@ -40,7 +40,7 @@ class Holder(msgspec.Struct, frozen=True):
     peer: str
     """Its key, hex."""
     state: str
-    """whole, coming."""
+    """whole, coming; surplus: whole, one too many for an hour, and dropped when enough others say that they keep theirs."""
     here: bool
     """Whether it was heard of in the last ten seconds."""
     own: bool = False
@@ -63,7 +63,7 @@ class Copies(msgspec.Struct, frozen=True):
     @property
     def whole(self) -> int:
         """Copies that can be had now."""
-        return sum(each.state == "whole" and each.here for each in self.labs)
+        return sum(each.state in {"whole", "surplus"} and each.here for each in self.labs)
 
     def rows(self) -> list[tuple[str, str]]:
         """Lab and state, for tables."""

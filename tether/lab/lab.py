@@ -6,7 +6,7 @@ import asyncio
 import atexit
 import functools
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
@@ -23,6 +23,7 @@ from tether.lab.launch import Running, UpSettings, gpu_count, launch, running, s
 from tether.lab.operations import Operations
 from tether.lab.replicating import OnReplica, Replica
 from tether.lab.views import Models, Peers, Workers
+from tether.routing.lab_events import LabEvent
 from tether.security.addresses import SCHEME
 
 __all__ = ["Lab", "connect", "up"]
@@ -121,6 +122,16 @@ class Lab:
     aholdings = _awaited(Operations.holdings)
     end_holding = _waiting(Operations.end_holding)
     aend_holding = _awaited(Operations.end_holding)
+    lend = _waiting(Operations.lend)
+    alend = _awaited(Operations.lend)
+    lendings = _waiting(Operations.lendings)
+    alendings = _awaited(Operations.lendings)
+    end_lending = _waiting(Operations.end_lending)
+    aend_lending = _awaited(Operations.end_lending)
+    borrowings = _waiting(Operations.borrowings)
+    aborrowings = _awaited(Operations.borrowings)
+    recent_events = _waiting(Operations.recent_events)
+    arecent_events = _awaited(Operations.recent_events)
     copies = _waiting(Operations.copies)
     acopies = _awaited(Operations.copies)
     rotate = _waiting(Operations.rotate)
@@ -164,6 +175,23 @@ class Lab:
             return loop.run(self.operations.replicate(model, source, via=via, timeout=timeout, progress=told))
 
     replicate.__doc__ = Operations.replicate.__doc__
+
+    def events(self, after: int | None = None) -> Iterator[LabEvent]:
+        """What happens in the lab from now on, or from `after`, the `seq` of an event, on: leave the loop to end it.
+
+            for event in lab.events():
+                print(event)                    # version-published digits:2
+
+        It goes on past restarts of the gateway and lost connections; what can't be told then is said by an event `missed`. Of a lab
+        elsewhere, what happens to models that its scope `events` shows. To await: `aevents()`; what happened lately: `recent_events()`.
+
+        Raises: ServiceUnavailableError: the lab has not answered for a minute; ForbiddenError.
+        """
+        return loop.each(self.operations.watch(after))
+
+    def aevents(self, after: int | None = None) -> AsyncIterator[LabEvent]:
+        """As `events`, for `async for`."""
+        return loop.each_async(self.operations.watch(after))
 
     @property
     def models(self) -> Models:
@@ -250,14 +278,20 @@ def up(  # noqa: PLR0913 (all that can be said of a lab)
     port: int | None = None,
     gpus: int | Literal["auto"] = 0,
     pretend_gpus: bool = False,
+    region: str | None = None,
     swarm: bool = True,
     bootstrap: str | None = None,
+    relay: bool = False,
+    relay_through: str | None = None,
 ) -> Lab:
     """Start a lab on this machine: scheduler, workers, model manager and gateway. It ends with this process, or when it is closed.
 
     Where a lab already runs on the data folder (`data`, else `TETHER_HOME`, else the platform's), or is being started there, it attaches to
-    that one and says so. `gpus="auto"`: all of this machine. `swarm=False`: no other lab is spoken with; `bootstrap`: nodes by which the
-    swarm is entered, `host:port,…`, in place of those of `TETHER_BOOTSTRAP`, else Hyperswarm's public ones.
+    that one and says so. `gpus="auto"`: all of this machine. `region`: where the lab is, as other labs are told ("eu-west"), from now on;
+    `TETHER_REGION` says it, too. `swarm=False`: no other lab is spoken with; `bootstrap`: nodes by which the swarm is entered,
+    `host:port,…`, in place of those of `TETHER_BOOTSTRAP`, else Hyperswarm's public ones. `relay=True`: labs that this one knows may go
+    through it where they can't reach each other, which is of use where the address is public; `relay_through`: address of a lab that does
+    that, in place of `TETHER_RELAY_THROUGH`, else of those known here that say that they relay.
 
     Raises: PortBusyError: `port` was asked for and is taken; StartFailedError: a service did not come up; ConfigError.
     """
@@ -269,8 +303,11 @@ def up(  # noqa: PLR0913 (all that can be said of a lab)
         port=port,
         gpus=gpu_count(gpus),
         pretend_gpus=pretend_gpus,
+        region=region,
         swarm=swarm,
         bootstrap=bootstrap,
+        relay=relay,
+        relay_through=relay_through,
     )
     while (found := running(folder)) is None:
         try:

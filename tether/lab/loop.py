@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from tether.client.forking import abandon
 
-__all__ = ["run", "run_async"]
+__all__ = ["each", "each_async", "run", "run_async"]
 
 T = TypeVar("T")
 
@@ -37,6 +37,34 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 async def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run it there and wait for it in any other loop; cancellation passes through."""
     return await asyncio.wrap_future(_submit(work))
+
+
+def each(work: AsyncGenerator[T]) -> Iterator[T]:
+    """What it yields, as `run`; a loop that is left ends it."""
+    try:
+        while True:
+            try:
+                yield run(_next(work))
+            except StopAsyncIteration:
+                return
+    finally:
+        _submit(work.aclose())  # not waited for: whoever drops the iterator may be the end of Python
+
+
+async def each_async(work: AsyncGenerator[T]) -> AsyncIterator[T]:
+    """As `each`, in any other loop."""
+    try:
+        while True:
+            try:
+                yield await run_async(_next(work))
+            except StopAsyncIteration:
+                return
+    finally:
+        _submit(work.aclose())
+
+
+async def _next(work: AsyncGenerator[T]) -> T:
+    return await anext(work)
 
 
 def _submit(work: Coroutine[Any, Any, T]) -> Future[T]:

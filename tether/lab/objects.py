@@ -11,6 +11,7 @@ import msgspec
 
 from tether.errors import RemoteError, UnsupportedError
 from tether.lab.sizes import size_text
+from tether.lab.swarm_state import SwarmState
 from tether.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -270,12 +271,25 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     since: float = 0.0
     """Unix time of the last change of state."""
+    transport: str = "unix"
+    """How requests come to it; `swarm`: another lab lends it."""
+    slots: int | None = None
+    """Of a lent worker: requests that it takes at a time."""
+    peer: str | None = None
+    """Of a lent worker: the public key of its lab, hex."""
+
+    @property
+    def way(self) -> str:
+        """How requests come to it, for a table: `unix`, `swarm 3f0c2a91d4e7…`."""
+        return self.transport if self.peer is None else f"{self.transport} {self.peer[:12]}…"
 
     def __repr__(self) -> str:
-        return f"<Worker {self.id}: {self.state or 'unknown'}{f', {self.gpus} GPU' if self.gpus else ''}>"
+        lent = "" if self.peer is None else f", {self.way}"
+        return f"<Worker {self.id}: {self.state or 'unknown'}{f', {self.gpus} GPU' if self.gpus else ''}{lent}>"
 
     def _repr_html_(self) -> str:
-        return html_table(self.id, (), [("state", self.state), ("GPUs", str(self.gpus)), ("models", ", ".join(self.models))])
+        rows = [("state", self.state), ("transport", self.way), ("GPUs", str(self.gpus)), ("models", ", ".join(self.models))]
+        return html_table(self.id, (), rows)
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):
@@ -303,20 +317,21 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     services: tuple[Service, ...] = ()
     workers: tuple[WorkerInfo, ...] = ()
     models: tuple[Model, ...] = ()
+    swarm: SwarmState = SwarmState()
 
     def __repr__(self) -> str:
         states = ", ".join(f"{service.name} {service.state}" for service in self.services)
-        return f"<Status: {states or 'no services'}; {len(self.workers)} workers, {len(self.models)} models>"
+        return f"<Status: {states or 'no services'}; {len(self.workers)} workers, {len(self.models)} models; swarm {self.swarm.state}>"
 
     def _repr_html_(self) -> str:
         services = html_table("services", ("name", "role", "state"), [(each.name, each.role, each.state) for each in self.services])
         workers = html_table(
             "workers",
-            ("name", "state", "GPUs", "models"),
-            [(each.id, each.state, str(each.gpus), ", ".join(each.models)) for each in self.workers],
+            ("name", "state", "transport", "GPUs", "models"),
+            [(each.id, each.state, each.way, str(each.gpus), ", ".join(each.models)) for each in self.workers],
         )
         models = html_table("models", ("name", "versions"), [(each.name, str(len(each.versions))) for each in self.models])
-        return services + workers + models
+        return services + workers + models + html_table("swarm", (), [("state", self.swarm.summary)])
 
 
 class AliasMove(msgspec.Struct, frozen=True, kw_only=True, rename={"before": "from", "after": "to"}):

@@ -27,6 +27,7 @@ from tether.errors import (
 )
 from tether.lab.admitting import Admitting
 from tether.lab.copying import Copying
+from tether.lab.lending import Lending
 from tether.lab.mending import advice
 from tether.lab.objects import (
     AliasMove,
@@ -42,6 +43,7 @@ from tether.lab.objects import (
 )
 from tether.lab.replicating import Replicating
 from tether.lab.tensors import named_arrays, to_npz
+from tether.lab.watching import EventSource, Watching
 from tether.lab.weights import open_weights
 from tether.security.addresses import SCHEME
 from tether.types import Array, Digest, InferResponse, ModelRef, Tensors, TensorSpec, model_name
@@ -68,7 +70,7 @@ class _Known:
     """That answered the last request; another one may have other inputs."""
 
 
-class Operations(Admitting, Replicating, Copying):
+class Operations(Admitting, Replicating, Copying, Lending, Watching):
     """A lab behind a gateway, or elsewhere in the swarm. Every call raises the errors of the tree, as its client has them."""
 
     def __init__(self, client: LabClient | None) -> None:
@@ -96,6 +98,14 @@ class Operations(Admitting, Replicating, Copying):
     @property
     def _copier(self) -> ports.Copying:
         return self.client.copying
+
+    @property
+    def _lender(self) -> ports.Lending:
+        return self.client.lending
+
+    @property
+    def _teller(self) -> EventSource:
+        return self.client
 
     @property
     def _elsewhere(self) -> str | None:

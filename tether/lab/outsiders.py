@@ -7,8 +7,9 @@ from html import escape
 import msgspec
 
 from tether.lab.objects import html_table
+from tether.lab.sizes import size_text
 
-__all__ = ["Allowed", "AuditLine", "Invitation", "PeerInfo", "Revoked"]
+__all__ = ["Allowed", "AuditLine", "Invitation", "PeerGpus", "PeerInfo", "Revoked"]
 
 
 class Invitation(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +49,18 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
         return html_table("invitation", (), [row for row in rows if row[1]]) + link
 
 
+class PeerGpus(msgspec.Struct, frozen=True):
+    """Cards of one kind that a lab says it has."""
+
+    name: str
+    count: int
+    nbytes: int
+    """Memory of one."""
+
+    def __str__(self) -> str:
+        return f"{self.count} × {self.name}, {size_text(self.nbytes)}"
+
+
 class PeerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Another lab, or a colleague's notebook, as this lab knows it by its key."""
 
@@ -71,8 +84,20 @@ class PeerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """How it is connected now: direct, punched, relayed; None: it is not."""
     round_trip: float | None = None
     """Seconds."""
+    stranger: bool = False
+    """Whether nobody here ever let it in, named it, or wanted anything of it: it is merely connected, or says that it holds models."""
     versions: int | None = None
-    """How many it holds of those that may be seen from here."""
+    """How many it says it holds; None, as all below: it says nothing of itself that was found and is not too old."""
+    models: tuple[str, ...] = ()
+    """Of these the models that this lab knows by their bytes, as they are called here; of a lab that holds much, some are told."""
+    region: str = ""
+    gpus: tuple[PeerGpus, ...] = ()
+    load: int | None = None
+    """Per cent of its workers' time, in tens."""
+    serves: bool | None = None
+    """Whether it runs models for others, who have the scope."""
+    said: float | None = None
+    """When it said so, Unix time."""
 
     @property
     def name(self) -> str:
@@ -88,12 +113,28 @@ class PeerInfo(msgspec.Struct, frozen=True, kw_only=True):
             return "sent away"
         return "allowed" if self.scopes else "known"
 
+    @property
+    def holds(self) -> str:
+        """For people: "3: digits, faces"."""
+        return ": ".join(filter(None, ("" if self.versions is None else str(self.versions), ", ".join(self.models))))
+
+    @property
+    def cards(self) -> str:
+        """For people."""
+        return "; ".join(map(str, self.gpus))
+
+    @property
+    def busy(self) -> str:
+        """Its load, for people."""
+        return "" if self.load is None else f"{self.load} %"
+
     def __repr__(self) -> str:
         connected = "" if self.route is None else f", connected ({self.route})"
         return f"<Peer {self.name}: {', '.join(self.scopes) or self.state}{connected}>"
 
     def _repr_html_(self) -> str:
-        rows = [("state", self.state), ("scopes", ", ".join(self.scopes)), ("connected", self.route or "")]
+        rows = [("state", self.state), ("scopes", ", ".join(self.scopes)), ("connected", self.route or ""), ("holds", self.holds)]
+        rows += [("region", self.region), ("GPUs", self.cards), ("load", self.busy)]
         return html_table(self.petname or self.label or "peer", (), [row for row in rows if row[1]])
 
 
@@ -105,9 +146,11 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True):
     """All of them."""
     envelopes: dict[str, str] = {}
     """For each encrypted model that was given just now a text that the peer alone can open, with `accept`."""
+    note: str | None = None
+    """Why it can't make use of that now: the lab was started without the swarm."""
 
     def __repr__(self) -> str:
-        return f"<Allowed: {self.peer[:12]} may {', '.join(self.scopes)}>"
+        return f"<Allowed: {self.peer[:12]} may {', '.join(self.scopes)}{f'; {self.note}' if self.note else ''}>"
 
 
 class Revoked(msgspec.Struct, frozen=True, kw_only=True):

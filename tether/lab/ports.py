@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -25,15 +26,18 @@ def ports_lock(folder: Path) -> Iterator[int]:
 
     Raises: ConfigError: it can't be opened.
     """
-    path = folder / "ports.lock"
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be opened ({error.strerror}); remove it") from error
+    descriptor = _opened(folder / "ports.lock")
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be opened ({error.strerror}); remove it") from error
 
 
 def holder_of(port: int) -> str:
@@ -71,18 +75,25 @@ def bind_exactly(host: str, port: int) -> socket.socket:
 
 
 class PortPicker:
-    """Gives out free ports near the ones that were wished for, none twice."""
+    """Gives out free ports near the ones that were wished for, none twice.
 
-    def __init__(self, host: str) -> None:
-        self._host = host
+    They are this lab's until `close`: a service that died and is started again finds its port free, whatever lab of this user starts
+    meanwhile. Of a file that all these labs share it locks one byte for each; such a lock ends with its process, however that ends.
+    (A socket of the supervisor's own that keeps a port for a service would keep it from the service, too.)
+    """
+
+    def __init__(self, host: str, folder: Path) -> None:
+        """`folder`: where the labs of this user meet."""
+        self._host, self._folder = host, folder
         self._given: set[int] = set()
+        self._locks: int | None = None
         self.notes: list[str] = []
         """One line for each port that was not the one wished for."""
 
     def bind(self, name: str, wished: int) -> socket.socket:
         """A listening socket on `wished` or the next free port."""
         for port in range(wished, wished + _TRIES * _STEP, _STEP):
-            sock = _bound(self._host, port) if port not in self._given else None
+            sock = self._bound_as_ours(port)
             if sock is not None:
                 self._given.add(port)
                 if port != wished:
@@ -97,3 +108,23 @@ class PortPicker:
             return int(sock.getsockname()[1])
         finally:
             sock.close()
+
+    def close(self) -> None:
+        """Leave them to others."""
+        if self._locks is not None:
+            os.close(self._locks)
+            self._locks = None
+
+    def _bound_as_ours(self, port: int) -> socket.socket | None:
+        if port in self._given:
+            return None
+        if self._locks is None:  # opened once: to close any descriptor of a file ends all locks that a process has on it
+            self._locks = _opened(self._folder / "ports.held")
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+        except (BlockingIOError, PermissionError):  # POSIX allows either
+            return None
+        sock = _bound(self._host, port)
+        if sock is None:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, port)
+        return sock

@@ -9,7 +9,15 @@ from time import monotonic
 import msgspec
 
 from tether import ports
-from tether.errors import BadInputError, DeadlineExceededError, TetherError, from_code
+from tether.errors import (
+    BadInputError,
+    DeadlineExceededError,
+    MalformedFeedError,
+    MalformedManifestError,
+    RequestError,
+    TetherError,
+    from_code,
+)
 from tether.lab.objects import described, html_table
 from tether.lab.sizes import size_text
 from tether.security.addresses import SCHEME, Link
@@ -121,6 +129,8 @@ class Replicating(ABC):
                 progress(state)
             if state.done:
                 return state
+            if (refusal := _refusal(state)) is not None:
+                raise refusal
             if clock.is_over:
                 why = f" ({state.error[1]})" if state.error else ""
                 raise DeadlineExceededError(f"after {timeout:g} s {state.fraction:.0%} of {model} is here{why}; the rest goes on coming")
@@ -159,6 +169,12 @@ class Replicating(ABC):
 class _Joined(msgspec.Struct, frozen=True):
     publisher: str
     scopes: list[str] | None = None
+
+
+def _refusal(state: Replica) -> TetherError | None:
+    """What waiting does not mend."""
+    error = None if state.error is None else from_code(*state.error)
+    return error if isinstance(error, RequestError | MalformedFeedError | MalformedManifestError) else None
 
 
 def _stuck(state: Replica) -> TetherError:

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tether._version import __version__
-from tether.config import GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, bootstrap_nodes, worker_ports
+from tether.config import GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, bootstrap_nodes, lab_region, worker_ports
 from tether.errors import ConfigError, LabRunningError, StartFailedError
 from tether.lab.ports import PortPicker, bind_exactly, ports_lock
 from tether.lab.processes import Process, ServiceSpec
 from tether.manager.locks import is_locked
+from tether.manager.settings import relay_keys
 from tether.security.addresses import Address
 from tether.security.identity import Identity
 from tether.security.keys import ensure_api_key
@@ -63,10 +64,16 @@ class UpSettings:
     gpus: int = 0
     pretend_gpus: bool = False
     host: str = "127.0.0.1"
+    region: str | None = None
+    """Where the lab is, which is remembered; None: as `TETHER_REGION` says, else as it was said last."""
     swarm: bool = True
     """Whether other labs may be spoken with, once there is a reason to."""
     bootstrap: str | None = None
     """Nodes by which the swarm is entered, `host:port,…`; None: as `TETHER_BOOTSTRAP` says, else Hyperswarm's public ones."""
+    relay: bool = False
+    """Whether labs that this one knows may go through it to each other."""
+    relay_through: str | None = None
+    """Labs to go through where no direct way is found, by address; None: as `TETHER_RELAY_THROUGH` says, else known ones that relay."""
 
 
 @contextmanager
@@ -111,7 +118,7 @@ class Supervisor:
 
     def __init__(self, settings: UpSettings) -> None:
         self._settings, self._data = settings, settings.data
-        self._picker = PortPicker(settings.host)
+        self._picker = PortPicker(settings.host, settings.data.runtime.parent)
         self._processes: list[Process] = []
         self._started = time.time()
         self._gateway: socket.socket | None = None
@@ -183,11 +190,14 @@ class Supervisor:
         return specs
 
     def _swarm_options(self) -> list[str]:
-        """For the manager: whom it may speak with, and which gateway runs models for them."""
+        """For the manager: whom it may speak with, where it says that the lab is, and which gateway runs models for others."""
         settings = self._settings
         options = ["--gateway", self.url] if self.url else []
+        options += [] if settings.region is None else ["--region", settings.region]
         if not settings.swarm:
             return [*options, "--no-swarm"]
+        options += ["--relay"] if settings.relay else []
+        options += ["--relay-through", settings.relay_through] if settings.relay_through else []
         return [*options, "--bootstrap", settings.bootstrap] if settings.bootstrap else options
 
     def _gpus(self, index: int) -> int:
@@ -205,6 +215,7 @@ class Supervisor:
                     _log.error("a %s could not be stopped", role, exc_info=error)
         if self._gateway is not None:
             self._gateway.close()
+        self._picker.close()
         os.close(self._hold)
         os.close(self._lifeline)
         _forget(self._data)
@@ -326,8 +337,10 @@ def gpu_count(wished: int | Literal["auto"]) -> int:
 
 def _check(settings: UpSettings) -> None:
     bootstrap_nodes(settings.bootstrap)
-    if settings.workers < 1:
-        raise ConfigError(f"{settings.workers} workers: a lab needs at least one")
+    relay_keys(settings.relay_through)
+    lab_region(settings.region or "")
+    if settings.workers < 0:
+        raise ConfigError(f"{settings.workers} workers: give a number from 0 on; with 0, only workers that other labs lend run models")
     if settings.gpus and not settings.pretend_gpus and not Path("/dev/nvidiactl").exists():
         raise ConfigError(
             f"{settings.gpus} GPUs were asked for, this machine has no NVIDIA driver; --pretend-gpus gives the tag without a card"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Coroutine, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import Any, Generic, TypeVar
 
 from tether.errors import NotFoundError
@@ -77,12 +77,12 @@ class Workers(_Live[WorkerInfo]):
         return f"<workers: {', '.join(f'{worker.id} {worker.state}' for worker in self._now().values()) or 'none'}>"
 
     def _repr_html_(self) -> str:
-        rows = [(worker.id, worker.state, str(worker.gpus), ", ".join(worker.models)) for worker in self._now().values()]
-        return html_table("workers", ("name", "state", "GPUs", "models"), rows)
+        rows = [(worker.id, worker.state, worker.way, str(worker.gpus), ", ".join(worker.models)) for worker in self._now().values()]
+        return html_table("workers", ("name", "state", "transport", "GPUs", "models"), rows)
 
 
 class Peers(_Live[PeerInfo]):
-    """Public key → `PeerInfo`; an address, a petname or a label finds it too."""
+    """Public key → `PeerInfo`; an address, a petname or a label finds it too. What it shows of strangers is how many there are."""
 
     def __init__(self, operations: Operations) -> None:
         super().__init__(operations.peers)
@@ -99,11 +99,33 @@ class Peers(_Live[PeerInfo]):
         return labelled[0]
 
     def __repr__(self) -> str:
-        return f"<peers: {', '.join(f'{peer.name} {peer.state}' for peer in self._now().values()) or 'none yet: lab.invite lets one in'}>"
+        known, others = _parted(self._now().values())
+        return f"<peers: {', '.join(f'{peer.name} {peer.state}' for peer in known) or 'none yet: lab.invite lets one in'}{others}>"
 
     def _repr_html_(self) -> str:
-        rows = [(peer.petname or peer.label, peer.state, ", ".join(peer.scopes), peer.route or "") for peer in self._now().values()]
-        return html_table("peers", ("name", "state", "scopes", "connected"), rows)
+        known, others = _parted(self._now().values())
+        rows = [
+            (
+                peer.petname or peer.label,
+                peer.state,
+                ", ".join(peer.scopes),
+                peer.route or "",
+                peer.holds,
+                peer.region,
+                peer.cards,
+                peer.busy,
+            )
+            for peer in known
+        ]
+        return html_table(f"peers{others}", ("name", "state", "scopes", "connected", "holds", "region", "GPUs", "load"), rows)
+
+
+def _parted(peers: Iterable[PeerInfo]) -> tuple[list[PeerInfo], str]:
+    """Those that people know, and how many others there are, in words."""
+    every = list(peers)
+    known = [peer for peer in every if not peer.stranger]
+    others = len(every) - len(known)
+    return known, f", and {others} other{'s' if others > 1 else ''}" if others else ""
 
 
 def _newest(model: Model) -> tuple[str, str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from tether.errors import BadAddressError, BadKeyError, BadNameError, BadScopeError, BadTermsError
+from tether.errors import BadAddressError, BadKeyError, BadNameError, BadScopeError, BadTermsError, TetherError
 from tether.manager.grants import Grants, Taken
 from tether.security.access import Access, Peer
 from tether.security.addresses import SCHEME, Address, Link, public_key
@@ -14,9 +14,10 @@ from tether.security.identity import Identity
 from tether.security.invitations import EXPIRES, Invitation, Invitations, seconds_of
 from tether.security.scopes import Scopes
 from tether.store import Repository
+from tether.swarm.records.records import Record, beginning
 from tether.types import model_name
 
-__all__ = ["Admission", "Connected"]
+__all__ = ["Admission", "Neighbour", "Neighbourhood"]
 
 _DECRYPT = "decrypt"
 _MOST_AUDIT = 10_000
@@ -25,16 +26,21 @@ _LIKE_A_KEY = 40
 """Characters from which on a word is meant as a key or an address: people's names for people are shorter."""
 
 
-class Connected(NamedTuple):
-    """A peer with which this lab is connected now."""
+class Neighbour(NamedTuple):
+    """A lab as the swarm shows it now."""
 
     peer: str
     """Its key, hex."""
-    route: str
-    """direct, punched, relayed."""
-    round_trip: float | None
-    versions: int | None
-    """How many it holds of those that this lab may see; None: it was not asked yet."""
+    route: str | None = None
+    """How it is connected: direct, punched, relayed; None: it is not."""
+    round_trip: float | None = None
+    record: Record | None = None
+    """What it says of itself; None: nothing that was found and is still good."""
+    is_met: bool = False
+    """Whether this lab keeps models of it, holds copies with it, or connected to it because somebody here wanted that."""
+
+
+Neighbourhood = Callable[[Collection[str]], Awaitable[Sequence[Neighbour]]]
 
 
 class Admission:
@@ -62,8 +68,12 @@ class Admission:
         self.access, self.registry = access, Invitations(access)
         self._repository, self._identity = repository, identity
         self._grants = Grants(repository, identity)
-        self.connections: Callable[[], Sequence[Connected]] | None = None
-        """Who is connected, asked on the event loop; None: the lab is not on the swarm."""
+        self.neighbourhood: Neighbourhood = _nobody_there
+        """Keys that people here know → what the swarm shows of them, and of others. Awaited on the event loop."""
+        self.check_reachable: Callable[[], None] = _reachable
+        """Whether others can come at all. Raises: UnsupportedError, MissingDependencyError: this manager can't be on the swarm."""
+        self.be_found: Callable[[], Awaitable[None]] = _found
+        """Returns once others can find this lab, or that takes too long: an invitation is often opened at once."""
 
     # --- asked by people
 
@@ -72,8 +82,10 @@ class Admission:
         return {"address": str(Address(key)), "publisher": key}
 
     async def invite(self, scopes: Sequence[str], expires: str | float = EXPIRES, uses: int = 1, label: str = "") -> dict[str, Any]:
-        """As the port says. Raises: BadScopeError, BadTermsError, BadNameError, ConflictError."""
-        return await asyncio.to_thread(self._invite, scopes, expires, uses, label)
+        """As the port says. Raises: BadScopeError, BadTermsError, BadNameError, ConflictError; as `check_reachable`."""
+        invited = await asyncio.to_thread(self._invite, scopes, expires, uses, label)
+        await self.be_found()
+        return invited
 
     async def invitations(self) -> list[dict[str, Any]]:
         return await asyncio.to_thread(lambda: [_invitation_row(each) for each in self.registry.list()])
@@ -96,8 +108,11 @@ class Admission:
         return await asyncio.to_thread(self._unban, peer)
 
     async def peers(self) -> list[dict[str, Any]]:
-        connected = {} if self.connections is None else {each.peer: each for each in self.connections()}
-        return await asyncio.to_thread(self._peers, connected)
+        known, petnames = await asyncio.to_thread(self._known)
+        found = {each.peer: each for each in await self.neighbourhood(known.keys() | petnames.keys())}
+        names = await asyncio.to_thread(self._names) if any(each.record for each in found.values()) else {}
+        keys = sorted((known.keys() | petnames.keys() | found.keys()) - {self._identity().public})
+        return [_peer_row(key, known.get(key), petnames.get(key)) | _seen_row(found.get(key), names) for key in keys]
 
     async def name_peer(self, peer: str, petname: str) -> dict[str, Any]:
         return await asyncio.to_thread(self._name_peer, peer, petname)
@@ -127,6 +142,7 @@ class Admission:
     # --- how
 
     def _invite(self, scopes: Sequence[str], expires: str | float, uses: int, label: str) -> dict[str, Any]:
+        self.check_reachable()
         secret = self.registry.invite(Scopes.parse(scopes), expires=_seconds(expires), uses=uses, label=label)
         self._repository.touch()
         return {"url": Link(Address(self._identity().public), secret).url} | _invitation_row(self.registry.get(secret.id))
@@ -145,7 +161,17 @@ class Admission:
         envelopes = {name: self._grants.envelope(key, name) for name in names}
         held = self.access.allow(key, added, label)
         self._repository.touch()
-        return {"peer": key, "scopes": held.texts(), "envelopes": envelopes}
+        return {"peer": key, "scopes": held.texts(), "envelopes": envelopes, "note": self._unreachable(added)}
+
+    def _unreachable(self, added: Scopes) -> str | None:
+        """Why nobody can make use of scopes; those to decrypt go with an envelope, by hand."""
+        if all(scope.verb == _DECRYPT for scope in added):
+            return None
+        try:
+            self.check_reachable()
+        except TetherError as error:
+            return f"remembered, but nobody can come now: {error}"
+        return None
 
     def _disallow(self, peer: str, scopes: Sequence[str] | None) -> dict[str, Any]:
         key = self.key_of(peer)
@@ -174,13 +200,13 @@ class Admission:
         key = self._other(peer)
         self.access.ban(key, reason)
         self._repository.touch()
-        return _peer_row(key, self.access.find(key), self._repository.publishers().get(key), None)
+        return _peer_row(key, self.access.find(key), self._repository.publishers().get(key))
 
     def _unban(self, peer: str) -> dict[str, Any]:
         key = self.key_of(peer)
         self.access.unban(key)
         self._repository.touch()
-        return _peer_row(key, self.access.find(key), self._repository.publishers().get(key), None)
+        return _peer_row(key, self.access.find(key), self._repository.publishers().get(key))
 
     def _enrol(self, secret: str, peer: str) -> dict[str, Any]:
         before = self.access.file.commits
@@ -189,10 +215,12 @@ class Admission:
             self._repository.touch()
         return {"publisher": self._identity().public, "scopes": scopes.texts()}
 
-    def _peers(self, connected: Mapping[str, Connected]) -> list[dict[str, Any]]:
-        known, petnames = {peer.key: peer for peer in self.access.peers()}, self._repository.publishers()
-        keys = sorted((known.keys() | petnames.keys() | connected.keys()) - {self._identity().public})
-        return [_peer_row(key, known.get(key), petnames.get(key), connected.get(key)) for key in keys]
+    def _known(self) -> tuple[dict[str, Peer], dict[str, str]]:
+        return {peer.key: peer for peer in self.access.peers()}, self._repository.publishers()
+
+    def _names(self) -> dict[str, str]:
+        """How the digests of the versions here begin, in records → what the model is called here."""
+        return {beginning(version.digest): model.name for model in self._repository.models() for version in model.versions}
 
     def _name_peer(self, peer: str, petname: str) -> dict[str, Any]:
         key = self._other(peer)
@@ -220,6 +248,10 @@ class Admission:
             if len(keys) == 1:
                 return keys[0]
             raise _nobody(peer, keys, error) from error
+
+
+def _reachable() -> None:
+    """Of a manager without a swarm's part: nothing is known against it."""
 
 
 def _nobody(named: str, keys: Sequence[str], error: BadAddressError) -> BadAddressError:
@@ -277,7 +309,7 @@ def _invitation_row(made: Invitation) -> dict[str, Any]:
     }
 
 
-def _peer_row(key: str, known: Peer | None, petname: str | None, connected: Connected | None) -> dict[str, Any]:
+def _peer_row(key: str, known: Peer | None, petname: str | None) -> dict[str, Any]:
     return {
         "peer": key,
         "address": str(Address(key)),
@@ -287,7 +319,32 @@ def _peer_row(key: str, known: Peer | None, petname: str | None, connected: Conn
         "since": known.since if known else None,
         "revoked": known.revoked if known else None,
         "banned": known.banned if known else None,
-        "route": connected.route if connected else None,
-        "round_trip": connected.round_trip if connected else None,
-        "versions": connected.versions if connected else None,
+        "stranger": known is None and petname is None,
     }
+
+
+def _seen_row(seen: Neighbour | None, names: Mapping[str, str]) -> dict[str, Any]:
+    """`names`: as `Admission._names`. What nobody said is null, or empty."""
+    if seen is None:
+        seen = Neighbour("")
+    row: dict[str, Any] = {"route": seen.route, "round_trip": seen.round_trip} | ({"stranger": False} if seen.is_met else {})
+    record = seen.record
+    if record is None:
+        return row | {"versions": None, "models": [], "region": "", "gpus": [], "load": None, "serves": None, "said": None}
+    return row | {
+        "versions": record.count,
+        "models": sorted({names[each] for each in record.beginnings if each in names}),
+        "region": record.region,
+        "gpus": [{"name": gpu.name, "count": gpu.count, "nbytes": gpu.nbytes} for gpu in record.gpus],
+        "load": record.load,
+        "serves": record.serves,
+        "said": record.issued,
+    }
+
+
+async def _found() -> None:
+    """Nobody looks for a manager without a swarm's part."""
+
+
+async def _nobody_there(_: Collection[str]) -> Sequence[Neighbour]:
+    return ()

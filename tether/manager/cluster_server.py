@@ -11,28 +11,41 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 from distributed import Security
 from distributed.comm import Comm, CommClosedError
 from distributed.core import Server, Status, connect
 
 from tether.config import DataFolder
-from tether.errors import ChunkAlteredError, ChunkMissingError, InternalError, NotFoundError, NotWriterError, TetherError
-from tether.manager import secrets
+from tether.errors import (
+    ChunkAlteredError,
+    ChunkMissingError,
+    InternalError,
+    NotFoundError,
+    NotWriterError,
+    ServiceUnavailableError,
+    TetherError,
+)
+from tether.events import LentWorker
+from tether.manager import borrowing, secrets
 from tether.manager.asking import READING, Operation
 from tether.manager.following import Follower
 from tether.manager.links import CONNECT, Link
 from tether.manager.membership import Membership, Signal
 from tether.manager.operations import Operations
+from tether.manager.peering.lines import Lines
 from tether.manager.peering.peering import Peering
 from tether.manager.tenure import Tenure
+from tether.routing.table import Table
+from tether.types import ModelVersion
 
 __all__ = ["ClusterServer"]
 
 log = structlog.get_logger("tether.manager")
 _RECONNECT = 0.2
 """Seconds."""
-_UNSHARED = frozenset({"put_blob", *Peering.NAMES})
+_UNSHARED = frozenset({"put_blob", *Peering.NAMES, *Lines.NAMES})
 """Operations of the writer that change nothing which followers have: they are not waited for, and sent again to another writer."""
 
 
@@ -48,6 +61,8 @@ class ClusterServer(Server):  # type: ignore[misc]  # distributed is untyped
         self._arguments = security.get_connection_args("worker")
         self.signal = Signal()
         """Fired when the catalog may be another one."""
+        self.on_files: list[Callable[[], None]] = []
+        """Called, in a thread, when small files beside the store may be others than before: the writer's."""
         self._membership: Membership | None = None
 
     @property
@@ -59,11 +74,21 @@ class ClusterServer(Server):  # type: ignore[misc]  # distributed is untyped
         """Answer these too."""
         self.handlers |= {f"tether_{name}": self.answering(name, operation) for name, operation in operations.items()}
 
+    def offer_borrowing(self, lines: borrowing.Borrowing) -> None:
+        """Load models at labs that lend their workers, when the orchestrator asks."""
+        self.handlers |= borrowing.handlers(lines)
+
+    def tell_lent(self, workers: tuple[LentWorker, ...]) -> None:
+        """These labs lend workers to this one now. Only a member of the cluster that writes has any."""
+        if self._membership is not None:
+            self._membership.tell_lent(workers)
+
     async def follow(self) -> None:
         """Be a member of the cluster; connect to the orchestrator again whenever it comes back.
 
         Raises: what is no lost connection: the process should end.
         """
+        await self  # else it makes no calls before the first one comes in
         membership = self._membership = await self._enter()
         try:
             while True:
@@ -99,7 +124,12 @@ class ClusterServer(Server):  # type: ignore[misc]  # distributed is untyped
         forced = self._forced or (footing.term == 0 and DataFolder(repository.root.parent).lease.exists())
         tenure = Tenure(footing.member, self.address, term=footing.term, wrote=footing.wrote, forced=forced)
         follower = Follower(repository, self._keys, self._operations, self._connect, lambda address: Link(address, self._arguments))
+        follower.on_files = self._files_came
         return Membership(repository, tenure, follower, self._operations.catalog, self.signal)
+
+    def _files_came(self) -> None:
+        for told in self.on_files:
+            told()
 
     @property
     def _keys(self) -> Path:
@@ -107,6 +137,32 @@ class ClusterServer(Server):  # type: ignore[misc]  # distributed is untyped
 
     async def _connect(self, address: str) -> Any:
         return await connect(address, timeout=CONNECT, **self._arguments)
+
+    async def table(self) -> Table:
+        """All that the orchestrator knows. Raises: ServiceUnavailableError: it is away."""
+        return msgspec.msgpack.decode((await self._asked_of_orchestrator("tether_table"))["table"], type=Table)
+
+    async def want(self, model: ModelVersion) -> tuple[str, str]:
+        """As `Cluster` says."""
+        answer = await self._asked_of_orchestrator("tether_want", model=msgspec.msgpack.encode(model))
+        return answer["state"], answer["reason"]
+
+    async def _asked_of_orchestrator(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(CONNECT):
+                return dict(await getattr(self.rpc(self._orchestrator), operation)(**arguments))
+        except OSError as error:
+            raise ServiceUnavailableError(f"the orchestrator does not answer ({error}): the supervisor restarts it, try again") from error
+
+    async def means(self) -> dict[str, Any]:
+        """What the cluster's workers have to work with, as the orchestrator heard of them. Raises: OSError: it is away."""
+        comm = await self._connect(self._orchestrator)
+        try:
+            async with asyncio.timeout(CONNECT):
+                await comm.write({"op": "tether_means", "reply": True})
+                return dict(await comm.read())
+        finally:
+            comm.abort()
 
     async def _converse(self, membership: Membership) -> None:
         comm = await self._connect(self._orchestrator)

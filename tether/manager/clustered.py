@@ -13,6 +13,7 @@ import structlog
 from distributed import Security
 
 from tether.config import HOUSEKEEPING
+from tether.manager import hops
 from tether.manager.cluster_server import ClusterServer
 from tether.manager.collecting import FollowerCollection
 from tether.manager.entrance import Standing, entrance
@@ -38,6 +39,7 @@ def run(settings: ManagerSettings) -> None:
         folder, security = settings.data, Security(**ensure_tls(settings.data.tls, "manager").security())
         identity = Identity.load_or_create(folder.identity)
         with Repository.open(folder.store, own=identity.public) as repository:
+            hops.sweep(folder.runtime)
             operations = Operations(repository, identity, folder.run / "publishing")
             server = ClusterServer(operations, settings.orchestrator, security, forced=settings.take_over)
             await _listen(server, settings, security)
@@ -47,8 +49,7 @@ def run(settings: ManagerSettings) -> None:
             collection = FollowerCollection(repository, lambda: server.rests)
             collection.start()
             try:
-                standing = Standing(lambda: server.writes, server.offer, life.end, server.signal)
-                async with entrance(settings, operations, server.asking, standing):
+                async with entrance(settings, operations, server.asking, _standing(server, life)):
                     life.ready(address=server.address)
                     await until(life.ended(), following)
             finally:
@@ -59,6 +60,20 @@ def run(settings: ManagerSettings) -> None:
 
     with dask.config.set(HOUSEKEEPING | {"temporary-directory": str(settings.data.runtime)}):
         run_service(serve)
+
+
+def _standing(server: ClusterServer, life: Life) -> Standing:
+    return Standing(
+        lambda: server.writes,
+        server.offer,
+        life.end,
+        on_files=server.on_files,
+        means=server.means,
+        signal=server.signal,
+        lent=server.tell_lent,
+        borrowing=server.offer_borrowing,
+        cluster=server,
+    )
 
 
 async def _listen(server: ClusterServer, settings: ManagerSettings, security: Security) -> None:

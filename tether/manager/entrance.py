@@ -8,10 +8,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+from tether.events import LentWorker
 from tether.manager.asking import Operation
+from tether.manager.borrowing import Borrowing
 from tether.manager.membership import Signal
 from tether.manager.operations import Operations
 from tether.manager.peering.door import Door
+from tether.manager.peering.offering import AskMeans
+from tether.manager.peering.own_workers import Cluster
 from tether.manager.peering.peering import Peering
 from tether.manager.settings import ManagerSettings
 from tether.swarm.wire.local import serve
@@ -35,8 +39,18 @@ class Standing:
     """Told of the operations that there are besides."""
     end: Callable[[], None] = lambda: None
     """Asks the process to end: another one is to take its place."""
+    on_files: list[Callable[[], None]] = field(default_factory=list)
+    """To be called, in a thread, when small files beside the store may be others than before."""
+    means: AskMeans | None = None
+    """Asked what the cluster's workers have to work with."""
     signal: Signal = field(default_factory=Signal)
     """Fired when the catalog may be another one."""
+    lent: Callable[[tuple[LentWorker, ...]], None] = lambda _: None
+    """Told of the labs that lend workers to this one, at each change."""
+    borrowing: Callable[[Borrowing], None] = lambda _: None
+    """Told who loads models there."""
+    cluster: Cluster | None = None
+    """The orchestrator, for who lends the cluster's workers; None: there are none."""
 
 
 @asynccontextmanager
@@ -44,8 +58,11 @@ async def entrance(
     settings: ManagerSettings, operations: Operations, asking: Mapping[str, Operation], standing: Standing, *, alone: bool = False
 ) -> AsyncIterator[Door]:
     """Open both for as long as the body runs."""
-    peering = Peering(operations, asking, settings, standing.signal)
+    peering = Peering(operations, asking, settings, standing.signal, standing.means)
     peering.replace = standing.end
+    standing.on_files.append(peering.read_again)
+    peering.lines.join(standing.cluster, standing.lent)
+    standing.borrowing(peering.lines.borrower)
     standing.offer(peering.handlers())
     door = Door(operations.public, {**asking, **peering.handlers()}, peering, alone=alone)
     server = await serve(settings.data.door, door.admit)

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from tether.errors import ChunkAlteredError, ChunkMissingError, ConfigError, NoSpaceError, NotFoundError, StoreError, TetherError
-from tether.manager import secrets
+from tether.manager import secrets, small_files
 from tether.ports import SignedManifest
 from tether.security.access import Access
 from tether.security.access_file import AccessState
@@ -128,6 +128,8 @@ class Follower:
         """`keys`: the folder of the lab's secrets; `connect` and `link`: to a manager at an address."""
         self._repository, self._keys, self._lab = repository, keys, lab
         self._connect, self._link = connect, link
+        self.on_files: Callable[[], None] = _nothing
+        """Called in a thread when small files beside the store may be others than before."""
         self.is_applying = False
         """Whether it is fetching what the writer's catalog names: what it has of it is no version here yet."""
 
@@ -168,9 +170,17 @@ class Follower:
                 await self._while_telling(comm, source, self._apply(hello["term"], state, list(message["keys"]), source))
                 if "access" in message:  # after the catalog, which refuses what comes late of an earlier term
                     await _to_its_end(self._lab.access.mirror, msgspec.msgpack.decode(message["access"], type=AccessState))
+                if "files" in message:
+                    await _to_its_end(self._mirror_files, dict(message["files"]))
                 await comm.write({"applied": state.change})
         finally:
             comm.abort()
+
+    def _mirror_files(self, files: dict[str, bytes]) -> None:
+        try:
+            small_files.write(self._keys.parent, files)
+        finally:
+            self.on_files()
 
     async def _while_telling(self, comm: Channel, source: _Source, work: Coroutine[Any, Any, None]) -> None:
         """Do it; meanwhile the writer hears that it goes on."""
@@ -240,6 +250,10 @@ class Follower:
             await asyncio.to_thread(secrets.adopt_identity, self._keys, sent["identity"])
             self._lab.become(identity)
         await asyncio.to_thread(secrets.adopt_cluster_keys, self._keys, dict(sent["cluster_keys"]))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _digests(state: CatalogState) -> list[Digest]:

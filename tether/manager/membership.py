@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import structlog
 
 from tether.errors import NotWriterError, ServiceUnavailableError
-from tether.events import Claim, Standing
-from tether.manager import secrets
+from tether.events import Claim, LentWorker, Standing
+from tether.manager import secrets, small_files
 from tether.manager.feed import Changes, Followers
 from tether.manager.following import Channel, Follower, Lab
 from tether.manager.tenure import Tenure, boot_clock
@@ -31,6 +32,15 @@ _ANSWER = 10.0
 """Seconds that the orchestrator may take; longer, and it is connected to anew."""
 _LOOK = 0.25
 """Seconds between looks at the clock while a change waits to be acknowledged."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the orchestrator knows of this manager, in this term and over this connection."""
+
+    count: int = -1
+    """Of the catalog."""
+    lent: tuple[LentWorker, ...] = ()
 
 
 class Signal:
@@ -65,6 +75,7 @@ class Membership:
         """Whether it was said that nobody writes."""
         self._changing = 0
         """Changes that are being made."""
+        self._lent: tuple[LentWorker, ...] = ()
 
     async def aclose(self) -> None:
         """Follow nobody any more."""
@@ -77,10 +88,15 @@ class Membership:
 
     # --- the orchestrator
 
+    def tell_lent(self, workers: tuple[LentWorker, ...]) -> None:
+        """These labs lend workers to this one now: the orchestrator is to know, while this manager writes."""
+        self._lent = workers
+        self._signal.fire()
+
     async def converse(self, comm: Channel) -> None:
         """Claim and be answered until the connection ends. Cancelled, it gives the lease back."""
         answering = asyncio.ensure_future(comm.read())
-        told, first = -1, {"op": "tether_manager", "reply": False}
+        told, first = _Told(), {"op": "tether_manager", "reply": False}
         try:
             while True:
                 event = self._signal.event
@@ -92,7 +108,7 @@ class Membership:
                 standing = msgspec.msgpack.decode(answer["standing"], type=Standing)
                 if self._tenure.answered(standing):
                     await self._begin(standing.term)
-                    told = -1
+                    told = _Told()
                     continue
                 await self._attend(standing)
                 await _first(event, answering, _RENEW)
@@ -105,8 +121,8 @@ class Membership:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
 
-    async def _message(self, told: int) -> tuple[dict[str, Any], int]:
-        """The claim, and the catalog where it is not as it was told; a catalog is at least as new as its count."""
+    async def _message(self, told: _Told) -> tuple[dict[str, Any], _Told]:
+        """The claim, and catalog and lent workers where they are not as they were told; a catalog is at least as new as its count."""
         footing = await asyncio.to_thread(self._repository.footing)
         now = boot_clock()
         if self._tenure.holds:
@@ -115,10 +131,14 @@ class Membership:
         if dropped:
             log.warning("follower out of step", members=sorted(dropped))
         message: dict[str, Any] = {"claim": msgspec.msgpack.encode(self._tenure.claim(footing.position, dropped, now))}
-        if self._tenure.holds and footing.position[1] != told:
-            message |= {"count": footing.position[1], "catalog": await asyncio.to_thread(self._catalog_bytes)}
-            told = footing.position[1]
-        return message, told
+        if not self._tenure.holds:
+            return message, told
+        now_told = _Told(footing.position[1], self._lent)
+        if now_told.count != told.count:
+            message |= {"count": now_told.count, "catalog": await asyncio.to_thread(self._catalog_bytes)}
+        if now_told.lent != told.lent:
+            message["lent"] = msgspec.msgpack.encode(now_told.lent)
+        return message, now_told
 
     def _catalog_bytes(self) -> bytes:
         return msgspec.msgpack.encode(self._catalog())
@@ -227,18 +247,23 @@ class Membership:
             await asyncio.gather(hearing, return_exceptions=True)
 
     async def _send_changes(self, comm: Channel, member: str, followers: Followers, lab: Lab, hearing: asyncio.Future[None]) -> None:
-        changes, sent = Changes(), -1
+        changes, sent, files = Changes(), -1, dict[str, bytes]()
+        root = self._repository.root.parent
         while followers is self._followers and self._tenure.holds and not hearing.done():
             event = self._signal.event
-            if followers.is_idle(member) and await asyncio.to_thread(self._repository.change_count) != sent:
+            if followers.is_idle(member) and await asyncio.to_thread(self._is_news, sent, files):
                 state = changes.since(await asyncio.to_thread(self._repository.snapshot))
                 sent = state.change
                 access = changes.access_since(await asyncio.to_thread(lab.access.file.state))
-                keys = secrets.cluster_keys(self._repository.root.parent / "keys")
+                before, files = files, await asyncio.to_thread(small_files.read, root)  # after the change that counts them
+                others = {"keys": secrets.cluster_keys(root / "keys")} | ({} if files == before else {"files": files})
                 followers.sent(member, sent, boot_clock())
                 parts = {"state": state} if access is None else {"state": state, "access": access}
-                await comm.write({name: msgspec.msgpack.encode(part) for name, part in parts.items()} | {"keys": keys})
+                await comm.write({name: msgspec.msgpack.encode(part) for name, part in parts.items()} | others)
             await _first(event, hearing, _RENEW)
+
+    def _is_news(self, sent: int, files: dict[str, bytes]) -> bool:
+        return self._repository.change_count() != sent or small_files.read(self._repository.root.parent) != files
 
     async def _hear(self, comm: Channel, member: str, followers: Followers) -> None:
         while True:

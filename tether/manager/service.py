@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tether.config import MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder
+from tether.config import MANAGER_PORT, ORCHESTRATOR_PORT, REGION_ENV, DataFolder
 from tether.manager.settings import ManagerSettings
 
 __all__ = ["main"]
@@ -21,12 +21,27 @@ __all__ = ["main"]
 @click.option("--take-over", is_flag=True, help="Write, though this store may lack something: the manager that wrote is gone for good.")
 @click.option("--gateway", metavar="URL", help="Gateway that runs models for other labs.")
 @click.option("--bootstrap", metavar="HOST:PORT,…", help="Nodes by which the swarm is entered.")
+@click.option("--region", envvar=REGION_ENV, help="Where the lab is, such as eu-west; it is remembered.")
+@click.option("--relay", is_flag=True, help="Let labs that this one knows reach each other through it; it needs a public address.")
+@click.option(
+    "--relay-through",
+    envvar="TETHER_RELAY_THROUGH",
+    metavar="ADDRESS,…",
+    help="Labs to go through where no direct way to a peer is found  [default: known ones that say that they relay].",
+)
 @click.option("--no-swarm", is_flag=True, help="Speak with no other lab.")
 @click.option("--alone", is_flag=True, help="For the notebooks and programs of this user, without a lab; it ends when they have.")
 @click.option(
     "--max-weight-nbytes", default=1 << 30, envvar="TETHER_MAX_WEIGHT_NBYTES", hidden=True, help="Of memory, until it is replaced."
 )
 @click.option("--weighing", default=60.0, envvar="TETHER_WEIGHING", hidden=True, help="Seconds between looks at its memory.")
+@click.option(
+    "--max-staged-nbytes",
+    default=64 << 30,
+    envvar="TETHER_MAX_STAGED_NBYTES",
+    show_default=True,
+    help="Of blobs that one peer may send before a publish names them; a quarter of the free disk, where that is less.",
+)
 @click.option("--idle", default=60.0, hidden=True, help="Seconds without a client after which a manager that is alone ends.")
 def _command(data: str | None, no_swarm: bool, alone: bool, **options: Any) -> None:
     """Run the model manager: store, catalog, publishing. A second one, with a data folder of its own, follows the first and takes over."""

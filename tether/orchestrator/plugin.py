@@ -1,8 +1,8 @@
 """Dask's side of the orchestrator; glue only: scheduler events in, instructions out.
 
 Handlers it adds to the scheduler: `tether_watch` (a gateway's stream of tables), `tether_want`, `tether_manager` (a manager's stream of
-claims to the writer's lease, and of the writer's catalogs), `tether_table`.  Messages carry msgpack bytes of our own types, never pickles
-of them.
+claims to the writer's lease, and of the writer's catalogs and lent workers), `tether_table`, `tether_means` (what workers' heartbeats say
+of their cards and load).  Messages carry msgpack bytes of our own types, never pickles of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from tether.events import (
     CatalogModel,
     Claim,
     Event,
+    LentChanged,
+    LentWorker,
     LoadCut,
     Loaded,
     LoadFailed,
@@ -73,6 +75,7 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
             "tether_want": self._want,
             "tether_manager": self._follow_manager,
             "tether_table": self._table,
+            "tether_means": self._means,
         }
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
@@ -123,7 +126,7 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
     async def _outcome(self, load: Load) -> Event:
         address, pid, model = load.address, load.pid, load.model
         try:
-            answer = await self._scheduler.rpc(address).tether_load(model=msgspec.msgpack.encode(model))
+            answer = await self._asked(load)
             if "endpoint" in answer:
                 return Loaded(address, pid, model, answer["endpoint"])
             code, message = answer["error"]
@@ -137,10 +140,20 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         log.warning("load failed", worker=address, model=str(model), code=code, error=message)
         return LoadFailed(address, pid, model, code, message)
 
+    async def _asked(self, what: Load | Unload) -> dict[str, Any]:
+        """What a worker answers to it; of a lent one, what the manager does that has the line to it."""
+        verb, model = "load" if isinstance(what, Load) else "unload", msgspec.msgpack.encode(what.model)
+        if what.manager is None:
+            answer = getattr(self._scheduler.rpc(what.address), f"tether_{verb}")(model=model)
+        else:
+            asked = getattr(self._scheduler.rpc(what.manager), f"tether_lent_{verb}")
+            answer = asked(worker=what.address, number=what.pid, model=model)
+        return dict(await answer)
+
     async def _unload(self, unload: Unload) -> None:
         try:
-            await self._scheduler.rpc(unload.address).tether_unload(model=msgspec.msgpack.encode(unload.model))
-        except OSError:  # the worker went away; Dask says so by itself
+            await self._asked(unload)
+        except OSError:  # the worker, or the line to a lent one, went away; that is told by itself
             return
         except Exception:
             log.exception("unload failed", worker=unload.address, model=str(unload.model))
@@ -153,6 +166,13 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
 
     async def _table(self) -> dict[str, bytes]:
         return {"table": msgspec.msgpack.encode(self._state.table)}
+
+    async def _means(self) -> dict[str, Any]:
+        """What this lab has to work with, for what it tells other labs: workers' cards and load, digests of what they have in memory."""
+        workers = [worker.metrics.get("tether_means", {}) for worker in self._scheduler.workers.values()]
+        versions = (version for model in self._state.table.models.values() for version in model.versions.values())
+        loaded = {version.model.digest for version in versions if any(route.slots is None for route in version.routes)}
+        return {"workers": workers, "loaded": sorted(loaded)}
 
     async def _watch(self, comm: Comm) -> Status:
         """Send the table now and after every change until the gateway goes away.
@@ -183,7 +203,7 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         return {"state": found.state if found else "unloaded", "reason": found.reason if found else ""}
 
     async def _follow_manager(self, comm: Comm, claim: bytes, **first: Any) -> Status:
-        """Answer a manager's claims, and take in the catalog of the one that writes, until it goes away."""
+        """Answer a manager's claims, and take in the catalog and the lent workers of the one that writes, until it goes away."""
         connection, told = next(self._streams), Claim("", "")
         message: dict[str, Any] = {"claim": claim} | first
         try:
@@ -194,6 +214,8 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
                 self._take_claim(told, connection)
                 if "catalog" in message:
                     self._take_catalog(told, connection, message["count"], message["catalog"])
+                if "lent" in message:
+                    self._take_lent(connection, message["lent"])
                 await comm.write({"standing": msgspec.msgpack.encode(self._lease.standing())})
                 message = await comm.read()
         except CommClosedError:
@@ -225,6 +247,11 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
             self._told = connection, record.term, next(self._streams)
         models = msgspec.msgpack.decode(catalog, type=Catalog)
         self._handle(CatalogChanged(claim.address, count, models, self._told[2], record.term))
+
+    def _take_lent(self, connection: int, lent: bytes) -> None:
+        """Of who told the catalog before, in this term."""
+        if self._told[:2] == (connection, self._lease.record.term):
+            self._handle(LentChanged(self._told[2], msgspec.msgpack.decode(lent, type=tuple[LentWorker, ...])))
 
     def _leave(self, claim: Claim, connection: int) -> None:
         before = self._lease.record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from msgspec import structs
@@ -11,6 +11,7 @@ from tether.events import (
     CatalogChanged,
     CatalogModel,
     Event,
+    LentChanged,
     LoadCut,
     Loaded,
     LoadFailed,
@@ -22,35 +23,36 @@ from tether.events import (
     WorkerLeft,
 )
 from tether.orchestrator.placement import Candidate, place
-from tether.routing.table import ModelEntry, Route, State, Table, VersionEntry, WorkerEntry
+from tether.orchestrator.registry import KnownWorker, lent_worker
+from tether.routing.table import ModelEntry, State, Table, VersionEntry, WorkerEntry
 from tether.types import ModelInfo, ModelVersion, WorkerId
 
 __all__ = ["ControlState", "Instruction", "Load", "Push", "Unload"]
 
-RETRY_AFTER = 5.0
-"""Seconds before a worker that failed to load a version is asked again: a wrong file stays wrong, a full memory may empty."""
-RETRY_AT_MOST = 60.0
-"""Each further failure doubles the wait up to this, so that a file that stays wrong costs an idle cluster little; a request begins anew."""
 FORGET_AFTER = 3600.0
 """Seconds that a lost worker stays in the table, for people to see."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Tell the worker to load the version; what comes of it is `Loaded`, `LoadFailed` or `LoadCut`, with the same `pid`."""
+    """Tell the worker to load the version; what comes of it is `Loaded`, `LoadFailed` or `LoadCut`, with the same `address` and `pid`."""
 
     address: str
+    """Of a lent worker: its id."""
     pid: int
     model: ModelVersion
+    manager: str | None = None
+    """Of a lent worker: the address of the manager that has the line to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Tell the worker to free the version; it answers with `Unloaded`, with the same `pid`."""
+    """Tell the worker to free the version; it answers with `Unloaded`. Fields as of `Load`."""
 
     address: str
     pid: int
     model: ModelVersion
+    manager: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +65,13 @@ class Push:
 Instruction = Load | Unload | Push
 
 
-@dataclass(slots=True)
-class _Failure:
-    at: float
-    tries: int
-    """In a row, since it was last asked for by a request."""
-
-    def over(self, now: float) -> bool:
-        return now - self.at >= min(RETRY_AFTER * (1 << self.tries - 1), RETRY_AT_MOST)
-
-
-@dataclass(slots=True)
-class _Worker:
-    id: WorkerId
-    address: str
-    pid: int
-    gpus: int
-    since: float
-    loaded: dict[ModelVersion, str] = field(default_factory=dict)
-    """Version → endpoint."""
-    loading: set[ModelVersion] = field(default_factory=set)
-    failed: dict[ModelVersion, _Failure] = field(default_factory=dict)
-    """Not to be asked again at once."""
-
-    def fail(self, model: ModelVersion, now: float) -> None:
-        before = self.failed.get(model)
-        self.loading.discard(model)
-        self.failed[model] = _Failure(now, min(before.tries + 1, 10) if before else 1)
-
-
 class ControlState:
     """Workers, catalog and what is wanted; makes the table."""
 
     def __init__(self, copies: int = 2) -> None:
         self._copies = copies
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, KnownWorker] = {}
+        """By address, lent ones last, as in routes."""
         self._lost: dict[WorkerId, WorkerEntry] = {}
         self._catalog: dict[str, CatalogModel] = {}
         self._count = 0
@@ -124,21 +98,25 @@ class ControlState:
     @property
     def unsettled(self) -> bool:
         """Whether a wanted version lacks copies that a worker might take once some time has passed: `Tick` is needed then only."""
-        lacking = [model for model in self._wanted if sum(model in worker.loaded for worker in self._workers.values()) < self._copies]
-        return any(model in worker.failed for model in lacking for worker in self._workers.values())
+        failed = {model for worker in self._workers.values() for model in worker.failed}
+        return any(self._lacks(model) for model in failed & self._wanted)
+
+    def _lacks(self, model: ModelVersion) -> bool:
+        """Whether it would be placed if every worker could be asked."""
+        return bool(place([replace(each, able=True) for each in self._candidates(model, 0.0)], self._copies))
 
     def _apply(self, event: Event, now: float) -> None:
         match event:
             case WorkerJoined(worker, address, pid, gpus):
-                self._workers[address] = _Worker(worker, address, pid, gpus, now)
-                self._lost.pop(worker, None)
+                self._join(KnownWorker(worker, address, pid, gpus, now))
             case WorkerLeft(address):
                 self._remove(address, now)
             case CatalogChanged():
                 self._take_catalog(event)
+            case LentChanged():
+                self._take_lent(event, now)
             case ManagerLeft(stream):
-                if self._stream == stream:
-                    self._manager = None
+                self._end_stream(stream)
             case ModelWanted(model):
                 self._want(model)
             case Loaded() | LoadFailed() | LoadCut() | Unloaded():
@@ -151,6 +129,8 @@ class ControlState:
     def _take_catalog(self, event: CatalogChanged) -> None:
         if event.stream < self._stream or event.term < self._term:  # what was still under way from a manager that was replaced
             return
+        if event.stream > self._stream:  # the lines of the one before are not this one's
+            self._forget_lent()
         self._term, self._stream, self._manager, self._count = event.term, event.stream, event.manager, event.count
         self._catalog, self.informed = event.models, True
         published = self._published()
@@ -158,6 +138,28 @@ class ControlState:
         self._reasons = {model: reason for model, reason in self._reasons.items() if model in published}
         for worker in self._workers.values():
             worker.failed = {model: failure for model, failure in worker.failed.items() if model in published}
+
+    def _join(self, worker: KnownWorker) -> None:
+        lent = self._forget_lent()
+        self._workers |= {worker.address: worker} | lent
+        self._lost.pop(worker.id, None)
+
+    def _end_stream(self, stream: int) -> None:
+        if self._stream == stream:
+            self._manager = None
+            self._forget_lent()
+
+    def _take_lent(self, event: LentChanged, now: float) -> None:
+        if event.stream != self._stream or self._manager is None:
+            return
+        before = self._forget_lent()
+        self._workers |= {each.id: lent_worker(each, before.get(each.id), now) for each in event.workers}
+
+    def _forget_lent(self) -> dict[str, KnownWorker]:
+        """People don't see them as lost, as they see the lab's own: it may be that the lending ended. The manager says what it is."""
+        lent = {key: worker for key, worker in self._workers.items() if worker.lent is not None}
+        self._workers = {key: worker for key, worker in self._workers.items() if key not in lent}
+        return lent
 
     def _published(self) -> set[ModelVersion]:
         return {model for entry in self._catalog.values() for model, _ in entry.versions.values()}
@@ -186,9 +188,10 @@ class ControlState:
                 worker.loaded[model] = event.endpoint
                 self._reasons.pop(model, None)
             case LoadFailed():
-                worker.fail(model, now)
-                if model in self._published():
-                    self._reasons[model] = f"{event.code}: {event.message}"
+                reason = f"{event.code}: {event.message}"
+                worker.fail(model, now, reason)
+                if worker.lent is None and model in self._published():
+                    self._reasons[model] = reason
             case LoadCut():  # no reason to tell: those who wait get the worker that comes back
                 worker.fail(model, now)
             case Unloaded():
@@ -203,35 +206,34 @@ class ControlState:
         for worker in self._workers.values():
             for model in [model for model in worker.loaded if model not in published]:
                 del worker.loaded[model]
-                gone.append(Unload(worker.address, worker.pid, model))
+                gone.append(Unload(worker.address, worker.pid, model, self._line(worker)))
         return gone
 
     def _place(self, now: float) -> list[Instruction]:
         loads: list[Instruction] = []
-        for model in sorted(self._wanted, key=str):
-            candidates = [self._candidate(worker, model, now) for worker in self._workers.values()]
-            for address in place(candidates, self._copies):
+        for model in sorted((model for model in self._wanted if not self._is_held(model)), key=str):
+            for address in place(self._candidates(model, now), self._copies):
                 worker = self._workers[address]
                 worker.loading.add(model)
-                loads.append(Load(address, worker.pid, model))
+                loads.append(Load(address, worker.pid, model, self._line(worker)))
         return loads
 
-    def _candidate(self, worker: _Worker, model: ModelVersion, now: float) -> Candidate:
-        failure = worker.failed.get(model)
-        return Candidate(
-            worker.address,
-            loaded=model in worker.loaded,
-            loading=model in worker.loading,
-            able=failure is None or failure.over(now),
-            models=len(worker.loaded) + len(worker.loading),
-        )
+    def _is_held(self, model: ModelVersion) -> bool:
+        """Whether the lab's own workers have all copies: nothing is to be placed then, which is mostly so."""
+        return sum(model in worker.loaded for worker in self._workers.values() if worker.lent is None) >= self._copies
+
+    def _line(self, worker: KnownWorker) -> str | None:
+        return self._manager if worker.lent is not None else None
+
+    def _candidates(self, model: ModelVersion, now: float) -> list[Candidate]:
+        return [worker.candidate(model, now) for worker in self._workers.values() if worker.runs(model)]
 
     def _make_table(self) -> Table | None:
         """The new table, or None when nothing in it changed."""
         table = Table(
             self._seq + 1,
             {name: self._entry(entry) for name, entry in self._catalog.items()},
-            {**self._lost, **{worker.id: _worker_entry(worker) for worker in self._workers.values()}},
+            {**self._lost, **{worker.id: worker.entry() for worker in self._workers.values()}},
             self._count,
             self._manager,
         )
@@ -246,17 +248,20 @@ class ControlState:
 
     def _version(self, model: ModelVersion, info: ModelInfo) -> VersionEntry:
         workers = self._workers.values()
-        routes = tuple(Route(worker.id, worker.loaded[model]) for worker in workers if model in worker.loaded)
+        routes = tuple(worker.route(model) for worker in workers if model in worker.loaded)
         state: State = "unloaded"
         if routes:
             state = "ready"
         elif any(model in worker.loading for worker in workers):
             state = "loading"
-        elif model in self._reasons:
-            state = "failed"
-        return VersionEntry(model, info, state, routes, self._reasons.get(model, "") if state == "failed" else "")
+        elif reason := self._reason(model):
+            return VersionEntry(model, info, "failed", (), reason)
+        return VersionEntry(model, info, state, routes)
 
-
-def _worker_entry(worker: _Worker) -> WorkerEntry:
-    models = tuple(sorted(map(str, worker.loaded)))
-    return WorkerEntry(worker.id, worker.address, worker.pid, "running", worker.since, worker.gpus, models)
+    def _reason(self, model: ModelVersion) -> str:
+        """Why requests are refused. What lent workers say counts where the lab has no worker of its own, nor one that may come back."""
+        workers = self._workers.values()
+        if model in self._reasons or model not in self._wanted or self._lost or any(worker.lent is None for worker in workers):
+            return self._reasons.get(model, "")
+        asked = [worker for worker in workers if worker.runs(model)] or workers
+        return next(filter(None, (worker.refusal(model) for worker in asked)), "")

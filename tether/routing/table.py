@@ -10,7 +10,7 @@ from tether.errors import UnknownModelError, UnknownVersionError
 from tether.ports import Endpoint
 from tether.types import ModelInfo, ModelVersion, WorkerId
 
-__all__ = ["ModelEntry", "Route", "Table", "VersionEntry", "WorkerEntry"]
+__all__ = ["ModelEntry", "Route", "State", "Table", "VersionEntry", "WorkerEntry"]
 
 State = Literal["unloaded", "loading", "ready", "failed"]
 
@@ -20,6 +20,9 @@ class Route(msgspec.Struct, frozen=True):
 
     worker: WorkerId
     endpoint: Endpoint
+    """Where the gateway sends to; of a lent worker, a socket of the manager that has the line to it."""
+    slots: int | None = None
+    """Of a lent worker: requests that it takes at a time. None: a worker of this lab."""
 
 
 class VersionEntry(msgspec.Struct, frozen=True):
@@ -29,6 +32,7 @@ class VersionEntry(msgspec.Struct, frozen=True):
     info: ModelInfo
     state: State = "unloaded"
     routes: tuple[Route, ...] = ()
+    """Those to lent workers last."""
     reason: str = ""
     """Why it is not loaded, where a load failed."""
 
@@ -48,13 +52,21 @@ class WorkerEntry(msgspec.Struct, frozen=True):
 
     id: WorkerId
     address: str
+    """Of a lent worker: `swarm://` and the public key of its lab."""
     pid: int
+    """Of a lent worker: the number of its registration."""
     state: Literal["running", "lost"]
     since: float
     """Unix time of the last change of state."""
     gpus: int = 0
     models: tuple[str, ...] = ()
     """`name:version` of what it has in memory."""
+    transport: Literal["unix", "swarm"] = "unix"
+    """How requests come to it; `swarm`: another lab lends it."""
+    slots: int | None = None
+    """Of a lent worker: requests that it takes at a time."""
+    peer: str | None = None
+    """Of a lent worker: the public key of its lab, hex."""
 
 
 class Table(msgspec.Struct, frozen=True):

@@ -76,6 +76,7 @@ METHODS: dict[str, Method] = {
     "have": _method("replicate", whole=True),
     "blobs": _method("replicate"),
     "feed": _method("models", "replicate", whole=True),
+    "heads": _method(*VERBS),
     "stage": _method("publish"),
     "publish": _method("publish"),
     "alias": _method("publish"),

@@ -101,6 +101,10 @@ class Publishing(Library):
         self._promises.release(digest for digest in wanted if digest not in stored)
         return stored
 
+    def staged_nbytes(self, digest: Digest) -> int | None:
+        """Size of a blob that was uploaded and not yet published; None: there is none. Nothing is read for it."""
+        return self._staging.nbytes(digest)
+
     def staged_blob(self, digest: Digest) -> bytes | None:
         """The verified bytes of a blob that was uploaded and not yet published; None: there is none."""
         return self._staging.read(digest)

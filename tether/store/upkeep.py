@@ -125,6 +125,12 @@ class Upkeep(Publishing):
             self._reserve.keep()
         return report
 
+    def give_up_staged(self) -> None:
+        """Remove what was staged and not added to in a day; `gc` does that, too. Waits while a version is made."""
+        self._check_writable()
+        with self._publishing:
+            self._staging.give_up(self._clock())
+
     def forget_store(self, store: str) -> str:
         """Take a store that is gone for good (by the id that `gc` names) out of a shared folder of packs; gives its host and data folder.
 

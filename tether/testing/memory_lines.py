@@ -49,6 +49,8 @@ class LineStream(MemoryStream):
         super().__init__(peer, is_initiator=is_initiator)
         self.route: Route = "direct"
         self.remote_address: tuple[str, int] | None = None
+        self.carrier: object = None
+        """No UDX stream: nothing can be relayed here."""
         self.max_message_nbytes = MAX_MESSAGE
         self._line, self._idle = line, idle
         self._sent_at = deque[float]()

@@ -9,7 +9,7 @@ Nodes that one `MemorySwarm` started find each other; `swarm.line(one.key, two.k
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self, cast
 
 from tether.errors import EngineClosedError, EngineError, PeerNotFoundError, PeerUnreachableError, UnsupportedError
@@ -140,6 +140,7 @@ class _MemoryNetwork:
         self.swarm, self._identity, self.limits = swarm, identity, limits
         self.key = identity.public
         self.is_away = self._is_closed = False
+        self.relays: tuple[str, ...] = ()
         self._arrived: Arrived | None = None
         self._refuses: Refuses = _nobody
         swarm.networks[self.key] = self
@@ -174,6 +175,15 @@ class _MemoryNetwork:
         self._arrived = None
 
     async def wake(self) -> None:
+        self._check_open()
+
+    async def probe(self) -> bool:
+        self._check_open()
+        return True
+
+    async def relay_through(self, relays: Sequence[bytes]) -> None:
+        """Remembered: everybody is reached directly."""
+        self.relays = tuple(relay.hex() for relay in relays)
         self._check_open()
 
     def collect(self) -> None:

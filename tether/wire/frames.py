@@ -3,8 +3,9 @@
     frame  = u32 nbytes after this field | u32 count | count heads | count payloads, each padded to 8
     head   = u32 id | u16 status | u16 reserved | u32 payload nbytes | u32 JSON header nbytes | u32 ring offset | u32 timeout in ms
 
-Little endian.  `status` is 0 in a request and an HTTP status in a reply; a payload in the ring (offset other than INLINE) is not in the
-frame.  A reply with the request's id also gives its ring block back.
+Little endian.  `status` is 0 in a request; WITHDRAWN in what takes the request of that id back; in a reply an HTTP status, or why there is
+none (`UNDELIVERED`).  A payload in the ring (offset other than INLINE) is not in the frame.  A reply with the request's id also gives its
+ring block back, so a request that was taken back is answered too (WITHDRAWN, if it did not run).
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ import struct
 from typing import NamedTuple
 
 from tether.errors import MalformedRequestError
+from tether.ports import Undelivered
 
-__all__ = ["INLINE", "MAX_NBYTES", "Frame", "FrameReader", "FrameWriter", "Head"]
+__all__ = ["INLINE", "MAX_NBYTES", "UNDELIVERED", "WITHDRAWN", "Frame", "FrameReader", "FrameWriter", "Head"]
 
 _TOP = struct.Struct("<II")
 _HEAD = struct.Struct("<IHHIIII")
 _PADDING = tuple(b"\0" * (-size % 8) for size in range(8))
 INLINE = 0xFFFFFFFF
 """Ring offset of a payload that stands in the frame itself."""
+WITHDRAWN = 499
+"""Nobody waits for the reply any more."""
+UNDELIVERED = {1: Undelivered.NOT_SENT, 2: Undelivered.LOST}
+"""Status of a reply → what became of a request that was to go further: to another lab."""
+_REASONS = {reason: status for status, reason in UNDELIVERED.items()}
 MAX_NBYTES = 1 << 30
 """A frame is ended before it gets near this; a length beyond it is not ours, and would be memory before it is noticed."""
 _FULL_NBYTES = 1 << 26
@@ -138,6 +145,14 @@ class FrameWriter:
         self._heads.append(_HEAD.pack(request_id, 0, 0, len(body), header_nbytes, offset, timeout_ms))
         if offset == INLINE:
             self._add(body)
+
+    def withdraw(self, request_id: int) -> None:
+        """Take a request back."""
+        self._heads.append(_HEAD.pack(request_id, WITHDRAWN, 0, 0, 0, INLINE, 0))
+
+    def undelivered(self, request_id: int, reason: Undelivered) -> None:
+        """Add a reply that says why there is none."""
+        self.reply(request_id, _REASONS[reason], b"", 0)
 
     def reply(self, request_id: int, status: int, body: bytes, header_nbytes: int) -> None:
         """Add a reply."""

@@ -33,7 +33,8 @@ class Source:
 class Engine:
     """The models in this worker's memory.
 
-    `fetch` gives the verified files of a version and `load` brings them into memory; both block.  `sockets` is a folder with a short path.
+    `fetch` gives the verified files of a version and `load` brings them into memory; both block.  `sockets` is a folder with a short path;
+    `latency`: seconds within which answers are wanted.
     """
 
     def __init__(
@@ -41,9 +42,9 @@ class Engine:
         sockets: Path,
         fetch: Callable[[ModelVersion], Source],
         load: Callable[[Source], LoadedModel],
-        max_rows: int = 32,
+        latency: float = 0.1,
     ) -> None:
-        self._sockets, self._fetch, self._load, self._max_rows = sockets, fetch, load, max_rows
+        self._sockets, self._fetch, self._load, self._latency = sockets, fetch, load, latency
         self._servers: dict[ModelVersion, ModelServer] = {}
         self._loading: dict[ModelVersion, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -76,7 +77,7 @@ class Engine:
             self._started += 1
             endpoint = self._sockets / f"{model.digest[:12]}-{self._started}.sock"
         try:
-            server = ModelServer(model, loaded, endpoint, self._max_rows)
+            server = ModelServer(model, loaded, endpoint, self._latency)
         except BaseException:
             loaded.close()
             raise

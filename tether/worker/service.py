@@ -112,7 +112,7 @@ class _Engine(Engine):
     """The engine of a process, with the stores that its models come from."""
 
     def __init__(self, sockets: Path, files: ModelFiles, threads: int) -> None:
-        super().__init__(sockets, files.fetch, partial(load_pinned, threads), Limits().batch_rows)
+        super().__init__(sockets, files.fetch, partial(load_pinned, threads), Limits().latency)
         self._files = files
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ import selectors
 import socket
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +19,11 @@ import structlog
 from tether.errors import DeadlineExceededError, InternalError, ModelFailedError, TetherError, WorkerLostError
 from tether.ports import LoadedModel
 from tether.types import InferRequest, ModelVersion, Tensors
-from tether.wire.frames import INLINE, Head
+from tether.wire.connection import Connection
+from tether.wire.frames import INLINE, WITHDRAWN, Head
 from tether.wire.oip import decode_request, encode_error, encode_response
-from tether.worker.batching import Rows, join_inputs, next_batch, rows_of, split_outputs
-from tether.worker.connection import Connection
+from tether.worker.batch_sizes import BatchSizes
+from tether.worker.batching import Rows, Waiting, join_inputs, rows_of, split_outputs
 
 __all__ = ["ModelServer", "ServingStats"]
 
@@ -62,11 +62,14 @@ class _Job:
 class ModelServer:
     """Serves `loaded` as `model` on `endpoint` until `stop`."""
 
-    def __init__(self, model: ModelVersion, loaded: LoadedModel, endpoint: Path, max_rows: int = 32) -> None:
+    def __init__(self, model: ModelVersion, loaded: LoadedModel, endpoint: Path, latency: float = 0.1) -> None:
+        """`latency`: seconds within which answers are wanted."""
         self.model, self.loaded, self.endpoint, self.stats = model, loaded, endpoint, ServingStats()
         # requests of a model that keeps something between runs are run one by one: a batch that failed could not be run again
-        self._max_rows = max_rows if loaded.info.batched and loaded.info.pure else 1
-        self._queue: deque[_Job] = deque()
+        self._sizes = BatchSizes(latency) if loaded.info.batched and loaded.info.pure else None
+        self._queue: Waiting[_Job] = Waiting()
+        self._decoding, self._decoded = 0.0, 0.0
+        """Seconds that decoding took lately, and for how many rows."""
         self._connections: dict[int, Connection] = {}
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = socket.socketpair()
@@ -159,7 +162,11 @@ class ModelServer:
     def _receive(self, connection: Connection) -> None:
         frame, now = connection.receive(), time.monotonic()
         for head, payload in frame:
-            self._decode(connection, head, payload, now)
+            if head.status == WITHDRAWN:
+                self._withdraw(connection, head.id)
+            else:
+                self._decode(connection, head, payload, now)
+        self._decoding += time.monotonic() - now
         frame.clear()
         connection.reader.release()
 
@@ -175,7 +182,7 @@ class ModelServer:
         if self._connections.pop(connection.socket.fileno(), None) is None:
             return
         self._selector.unregister(connection.socket)
-        self._queue = deque(job for job in self._queue if job.connection is not connection)
+        self._queue.drop(lambda job: job.connection is connection)
         connection.close()
 
     def _decode(self, connection: Connection, head: Head, payload: memoryview, now: float) -> None:
@@ -193,8 +200,14 @@ class ModelServer:
         except Exception as error:
             self._refuse(connection, head.id, error)
             return
-        self._queue.append(_Job(connection, head.id, request, rows, now + head.timeout_ms / 1000, block))
+        self._decoded += rows.count
+        self._queue.add(rows, _Job(connection, head.id, request, rows, now + head.timeout_ms / 1000, block))
         self.stats.waiting = len(self._queue)
+
+    def _withdraw(self, connection: Connection, request_id: int) -> None:
+        """Nobody waits for it any more. If its batch has not begun it never runs, and its ring block goes back now."""
+        if self._queue.drop(lambda job: job.id == request_id and job.connection is connection):
+            connection.writer.reply(request_id, WITHDRAWN, b"", 0)
 
     def _refuse(self, connection: Connection, request_id: int, error: Exception) -> None:
         self.stats.failures += 1
@@ -204,21 +217,30 @@ class ModelServer:
         connection.writer.reply(request_id, error.http_status, encode_error(error), 0)
 
     def _run_batch(self) -> None:
-        jobs = self._take()
+        """The next one; what is past its deadline is answered and left out."""
+        taken: list[_Job] = []
+        jobs: list[_Job] = []
+        while self._queue and not jobs:
+            batch = self._queue.take(self._most_rows())
+            jobs = [job for job in batch if not self._is_late(job)]
+            taken += batch
+        self.stats.waiting = len(self._queue)
         if jobs:
             self._answer(jobs)
-        for connection in {id(job.connection): job.connection for job in jobs}.values():
+        for connection in {id(job.connection): job.connection for job in taken}.values():
             self._talk(connection, 0)
 
-    def _take(self) -> list[_Job]:
-        """The next batch; what is past its deadline is answered and left out."""
-        while self._queue and self._is_late(self._queue[0]):
-            self._talk(self._queue.popleft().connection, 0)  # which may drop it, and its requests from the queue
-        queue = self._queue
-        count = next_batch([job.rows for job in queue], self._max_rows)
-        jobs = [queue.popleft() for _ in range(count)]
-        self.stats.waiting = len(queue)
-        return jobs
+    def _most_rows(self) -> int:
+        key = self._queue.next_key()
+        return 1 if self._sizes is None or key is None else self._sizes.most_rows(key)
+
+    def _learn(self, jobs: list[_Job], seconds: float) -> None:
+        """What the batch took, and what decoding takes for as many rows."""
+        key, rows = jobs[0].rows.key, sum(job.rows.count for job in jobs)
+        if self._sizes is None or key is None or not self._decoded:
+            return
+        self._sizes.ran(key, rows, seconds + rows * self._decoding / self._decoded, is_full=self._queue.has(key))
+        self._decoding, self._decoded = self._decoding / 2, self._decoded / 2
 
     def _is_late(self, job: _Job) -> bool:
         """Whether nobody waits for it any more; then it is answered so."""
@@ -229,6 +251,7 @@ class ModelServer:
 
     def _answer(self, jobs: list[_Job]) -> None:
         """Run the batch; when it fails, each request alone, so that one bad input costs nobody else an answer."""
+        begun = time.perf_counter()
         try:
             outputs = self._run(jobs)
         except Exception as error:
@@ -241,6 +264,7 @@ class ModelServer:
             return
         for job, share in zip(jobs, split_outputs(outputs, [job.rows.count for job in jobs]), strict=True):
             self._reply(job, share)
+        self._learn(jobs, time.perf_counter() - begun)
 
     def _run(self, jobs: list[_Job]) -> Tensors:
         begun = time.perf_counter()

@@ -56,21 +56,6 @@ def test_an_outbox_gives_the_bytes_in_order_whatever_their_sizes(written, sizes)
     assert outbox.nbytes == sum(map(len, written)) - sum(map(len, taken))
 
 
-@given(st.lists(st.binary(min_size=1, max_size=90)), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 30))))
-def test_an_outbox_cuts_packets_of_one_size(written, wanted):
-    outbox, taken = Outbox(), []
-    for piece in written:
-        outbox.put(piece)
-    for count, each in wanted:
-        packets = outbox.packets(count, each)
-        assert len(packets) <= count
-        assert all(len(packet) == each for packet in packets[:-1])
-        assert not packets or len(packets[-1]) == each or not outbox.nbytes
-        taken += map(bytes, packets)
-    assert b"".join(taken) == b"".join(written)[: sum(map(len, taken))]
-    assert outbox.nbytes == sum(map(len, written)) - sum(map(len, taken))
-
-
 @given(st.integers(1, 40), st.integers(), st.booleans())
 def test_packets_in_any_order_and_number_give_the_stream_once(count, seed, batched):
     order = random.Random(str(seed))

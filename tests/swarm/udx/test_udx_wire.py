@@ -12,10 +12,6 @@ U32 = st.integers(0, (1 << 32) - 1)
 NEVER_SEEN = 1 << 40
 
 
-def cut(data, each):
-    return [data[at : at + each] for at in range(0, len(data), each)]
-
-
 def test_a_packet_is_what_libudx_sends():
     packet = wire.build_packet(wire.DATA | wire.END, 0x01020304, 4 << 20, 7, 9)
     assert packet.hex() == "ff010300" + "04030201" + "00004000" + "07000000" + "09000000"
@@ -38,7 +34,7 @@ def test_numbers_are_found_again_from_their_low_32_bits(near, distance):
 @given(U32, U32, st.integers(0, NEVER_SEEN), st.integers(0, NEVER_SEEN), st.binary(min_size=1, max_size=3000), st.integers(1, 200))
 def test_a_batch_is_its_packets(stream_id, window, seq, ack, data, each):
     count = -(-len(data) // each)
-    batch = bytes(wire.build_batch((stream_id, window, seq, ack), cut(data, each)))
+    batch = bytes(wire.build_batch((stream_id, window, seq, ack), data, each))
     packets = [
         wire.build_packet(wire.DATA, stream_id, window, seq + index, ack) + data[index * each : (index + 1) * each]
         for index in range(count)
@@ -49,7 +45,7 @@ def test_a_batch_is_its_packets(stream_id, window, seq, ack, data, each):
 @given(U32, U32, U32, U32, st.integers(2, 60), st.integers(1, 100))
 def test_a_run_is_read_as_its_packets_are(stream_id, window, seq, ack, count, each):
     data = random.Random(f"{seq} {count}").randbytes(count * each)
-    batch = wire.build_batch((stream_id, window, seq, ack), cut(data, each))
+    batch = wire.build_batch((stream_id, window, seq, ack), data, each)
     run = wire.parse_run(batch, each + wire.HEADER_NBYTES, count)
     if seq + count > 1 << 32:
         assert run is None  # numbers go round within: packet by packet then
@@ -59,7 +55,7 @@ def test_a_run_is_read_as_its_packets_are(stream_id, window, seq, ack, count, ea
 
 @given(st.integers(2, 40), st.data())
 def test_whatever_is_not_a_run_is_not_taken_for_one(count, data):
-    batch = wire.build_batch((1, 2, 3, 4), cut(bytes(50 * count), 50))
+    batch = wire.build_batch((1, 2, 3, 4), bytes(50 * count), 50)
     at = data.draw(st.integers(0, count - 1)) * 70 + data.draw(st.sampled_from([0, 1, 2, 3, 4, 7, 12, 15]))
     batch[at] ^= data.draw(st.integers(1, 255))
     run = wire.parse_run(batch, 70, count)
@@ -78,16 +74,16 @@ def test_of_many_acks_the_last_one_counts(stream_id, acks):
 @given(U32, st.integers(1, 40), st.integers(1, 100), st.integers(0, 99))
 def test_readdressing_a_batch_changes_ids_and_nothing_else(stream_id, count, each, short):
     data = random.Random(f"{count} {each}").randbytes(max(1, count * each - min(short, each - 1)))
-    before = wire.build_batch((7, 8, 9, 10), cut(data, each))
-    after = wire.build_batch((stream_id, 8, 9, 10), cut(data, each))
+    before = wire.build_batch((7, 8, 9, 10), data, each)
+    after = wire.build_batch((stream_id, 8, 9, 10), data, each)
     wire.readdress(before, each + wire.HEADER_NBYTES, stream_id)
     assert before == after
 
 
 def test_refreshing_a_packet_changes_window_and_ack_only():
-    batch = wire.build_batch((7, 8, 9, 10), [b"abc", b"def"])
+    batch = wire.build_batch((7, 8, 9, 10), b"abcdef", 3)
     wire.refresh(batch, 23, 80, 100)
-    assert batch == wire.build_batch((7, 8, 9, 10), [b"abc"]) + wire.build_batch((7, 80, 10, 100), [b"def"])
+    assert batch == wire.build_batch((7, 8, 9, 10), b"abc", 3) + wire.build_batch((7, 80, 10, 100), b"def", 3)
 
 
 @given(st.binary(max_size=200))

@@ -17,11 +17,10 @@ from tether.manager.peering.feed_content import content_of
 from tether.manager.peering.group_view import Said, View, mark
 from tether.manager.peering.replication import Policy
 from tether.swarm.feeds.entries import Content, FeedModel
-from tether.types import ModelRef, model_name
+from tether.types import ModelRef, model_name, region_name
 
 __all__ = ["Agreeing"]
 
-_MAX_REGION = 64
 _LONE = FeedModel()
 
 
@@ -46,7 +45,7 @@ class Agreeing:
         """As the port says."""
         name = model if model == Agreements.EVERY else model_name(model)
         wanted = None if policy is None else await asyncio.to_thread(self._policy, policy)
-        await asyncio.to_thread(self._agreements.agree, name, wanted)
+        await self._change(self._agreements.agree, name, wanted)
         return {"model": name, "policy": msgspec.to_builtins(wanted)}
 
     async def policies(self) -> dict[str, Any]:
@@ -58,11 +57,12 @@ class Agreeing:
         key = await asyncio.to_thread(self._operations.admission.key_of, publisher)
         if key == self._operations.public:
             raise BadInputError("this lab has its own models anyway: name the lab for which it is to hold copies")
-        if len(region) > _MAX_REGION or (room is not None and room < 0):
-            raise BadInputError(f"a region has at most {_MAX_REGION} characters, the room is a number of bytes")
+        if room is not None and room < 0:
+            raise BadInputError("the room is a number of bytes")
+        region = region and region_name(region)
         if not any(each.publisher == key for each in self._agreements.holdings):
             await self.may_hold(key)
-        await asyncio.to_thread(self._agreements.hold, Holding(key, region, room))
+        await self._change(self._agreements.hold, Holding(key, region, room))
         return {"publisher": key, "region": region, "room": room}
 
     async def holdings(self) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ class Agreeing:
     async def end_holding(self, publisher: str) -> dict[str, Any]:
         """As the port says."""
         key = await asyncio.to_thread(self._operations.admission.key_of, publisher)
-        await asyncio.to_thread(self._agreements.release, key)
+        await self._change(self._agreements.release, key)
         await self.ended(key)
         return {"publisher": key}
 
@@ -87,6 +87,11 @@ class Agreeing:
             petnames = dict(copying.petnames)
         found = labs_of(view, name, view.content.models.get(name, _LONE), self._operations.public, petnames)
         return {"model": record.name, "publisher": record.publisher, **found}
+
+    async def _change(self, change: Callable[..., None], *arguments: object) -> None:
+        """It counts as a change of the catalog: answered when followers in step have the file as well."""
+        await asyncio.to_thread(change, *arguments)
+        await asyncio.to_thread(self._operations.repository.touch)
 
     def _policy(self, asked: Mapping[str, Any]) -> Policy:
         try:

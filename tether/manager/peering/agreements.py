@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -28,6 +29,8 @@ class Holding(msgspec.Struct, frozen=True, order=True):
 class _Written(msgspec.Struct, frozen=True):
     policies: dict[str, Policy] = {}
     holdings: tuple[Holding, ...] = ()
+    taken: dict[str, tuple[str, ...]] = {}
+    """Publisher → models that came here as copies, and for no other reason: these alone may be dropped again."""
 
 
 class Agreements:
@@ -36,10 +39,18 @@ class Agreements:
     EVERY = "*"
     """In place of a name: every model of this lab that has no policy of its own, those to come too."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises: StoreError: the file can't be read, or is none."""
-        self._path, self._lock = path, threading.Lock()
+    def __init__(self, path: Path, region: Callable[[], str] = lambda: "") -> None:
+        """`region`: where this lab is, as far as a publisher was told nothing else.
+
+        Raises: StoreError: the file can't be read, or is none.
+        """
+        self._path, self._region, self._lock = path, region, threading.Lock()
         self._said = self._read()
+
+    def read_again(self) -> None:
+        """The file is another one than before. Raises: StoreError."""
+        with self._lock:
+            self._said = self._read()
 
     @property
     def policies(self) -> dict[str, Policy]:
@@ -59,7 +70,7 @@ class Agreements:
     @property
     def holdings(self) -> tuple[Holding, ...]:
         """By publisher."""
-        return self._said.holdings
+        return tuple(each if each.region else msgspec.structs.replace(each, region=self._region()) for each in self._said.holdings)
 
     def hold(self, holding: Holding) -> None:
         """Hold copies for this publisher. Raises: StoreError."""
@@ -69,7 +80,18 @@ class Agreements:
     def release(self, publisher: str) -> None:
         """Hold none for it any more; what is here stays. Raises: StoreError."""
         with self._lock:
-            self._write(msgspec.structs.replace(self._said, holdings=self._others(publisher)))
+            taken = {key: names for key, names in self._said.taken.items() if key != publisher}
+            self._write(msgspec.structs.replace(self._said, holdings=self._others(publisher), taken=taken))
+
+    def taken(self, publisher: str) -> frozenset[str]:
+        """Models of a publisher that are here, or come, as copies and for no other reason."""
+        return frozenset(self._said.taken.get(publisher, ()))
+
+    def take(self, publisher: str, models: frozenset[str]) -> None:
+        """These are it, from now on. Raises: StoreError."""
+        with self._lock:
+            if models != frozenset(self._said.taken.get(publisher, ())):
+                self._write(msgspec.structs.replace(self._said, taken=self._said.taken | {publisher: tuple(sorted(models))}))
 
     def _others(self, publisher: str) -> tuple[Holding, ...]:
         return tuple(each for each in self._said.holdings if each.publisher != publisher)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from tether.errors import ForbiddenError, MalformedRequestError, NoSpaceError, R
 from tether.manager.peering.agreements import Agreements
 from tether.manager.peering.feed_content import content_of
 from tether.manager.peering.group import INTERVAL, AskMember, Group
-from tether.manager.peering.group_view import Asked, Said, View, chosen, config_of, mark, policy_of, stated
+from tether.manager.peering.group_view import Asked, Said, View, chosen, config_of, mark, nbytes_of, policy_of, stated
 from tether.manager.peering.keeping import Kept
+from tether.manager.peering.leaving import GRACE, Leaving
 from tether.manager.peering.members import Members
+from tether.manager.peering.replication import Policy
 from tether.security.access import Access
 from tether.store import Repository
 from tether.store.index.mirror_tables import ModelState
@@ -46,6 +49,8 @@ class CopyingSide:
     """A publisher for which copies are held → what keeps its models here; begun where it is not there yet."""
     say: Callable[[], None]
     """The own feed is to say something else than before."""
+    grace: float = GRACE
+    """Seconds for which a copy is one too many before it is dropped."""
 
 
 class _Facts(NamedTuple):
@@ -67,6 +72,7 @@ class Copying:
         self._change = -1
         self._has: dict[str, dict[str, str]] = {}
         self._assigned: dict[str, frozenset[str]] = {}
+        self._leaving: dict[str, Leaving] = defaultdict(lambda: Leaving(side.grace))
         self._refused: dict[tuple[str, str], float] = {}
         self._told: object = None
         self._own_content: tuple[object, Content] = (None, Content())
@@ -104,7 +110,7 @@ class Copying:
         for publisher, group in self._groups.items():
             group.meet(peer for peer in members[publisher] | {publisher} if peer != self._own and not self._with.access.is_banned(peer))
             if any(each.publisher == publisher for each in self._with.agreements.holdings):
-                self._do_part(group)
+                await self._do_part(group)
 
     async def have(self, peer: str, value: bytes) -> bytes:
         """What a member is answered. Raises: MalformedRequestError, ForbiddenError."""
@@ -167,7 +173,8 @@ class Copying:
             return stated(Said(has=has))
         coming = tuple(sorted(self._assigned.get(publisher, frozenset())))
         refused = tuple(sorted(name for whose, name in self._refused if whose == publisher))
-        return stated(Said("", True, holding.region, holding.room, has, coming, refused))
+        leaving = tuple(sorted(self._leaving[publisher].names))
+        return stated(Said("", True, holding.region, holding.room, has, coming, leaving, refused))
 
     def _members(self, publisher: str) -> frozenset[str]:
         """As its feed names them."""
@@ -195,6 +202,7 @@ class Copying:
             await self._groups.pop(publisher).aclose()
             self._assigned.pop(publisher, None)
             self._viewed.pop(publisher, None)
+            self._leaving.pop(publisher, None)
         for publisher in wanted - self._groups.keys():
             self._groups[publisher] = Group(publisher, self._with.ask)
         for publisher, group in self._groups.items():
@@ -213,23 +221,66 @@ class Copying:
 
     # --- the own part
 
-    def _do_part(self, group: Group) -> None:
-        """Have fetched what the plan gives this lab."""
+    async def _do_part(self, group: Group) -> None:
+        """Have fetched what the plan gives this lab, and dropped what it takes from it."""
         publisher, kept = group.publisher, self._with.holding(group.publisher)
         self._note_refusals(publisher, kept)
         if group.content is None or not group.is_clear():
             return
         view = group.view(self._own, self._said(publisher))
         known = self._viewed.get(publisher)
-        if known is not None and known[0] == view:
-            kept.assign(known[1])  # it may be another one than before
+        if known is None or known[0] != view:
+            plan = view.plan()
+            sources = {copy.model: copy.sources for copy in plan.fetched_by(self._own)}
+            mine = {name: sources.get(name, ()) for name, peers in plan.holders.items() if self._own in peers}
+            await self._take(publisher, kept, frozenset(sources))
+            known = self._viewed[publisher] = view, mine
+            self._assigned[publisher] = frozenset(sources)
+            self._tell(publisher, plan.short)
+        kept.assign(known[1])  # also where nothing changed: it may be another one than before
+        await self._leave(group, kept, known[1])
+
+    # --- what is one too many
+
+    async def _take(self, publisher: str, kept: Kept, coming: frozenset[str]) -> None:
+        """Remember what comes as a copy and for no other reason: that alone may be dropped again. What people want is theirs for good."""
+        has, before = self._has.get(publisher, {}), self._with.agreements.taken(publisher)
+        taken = {name for name in (*before, *coming) if (name in before or name not in has) and not kept.is_asked_for(name)}
+        if taken != before:
+            await asyncio.to_thread(self._with.agreements.take, publisher, frozenset(taken))
+
+    async def _leave(self, group: Group, kept: Kept, mine: Collection[str]) -> None:
+        """Say which copies are left, and drop those that enough others keep. Raises: StoreError."""
+        publisher, has = group.publisher, self._has.get(group.publisher, {})
+        await self._take(publisher, kept, frozenset())
+        models = {} if group.content is None else group.content.models
+        surplus = (self._with.agreements.taken(publisher) & has.keys() & models.keys()) - set(mine)
+        leaving = self._leaving[publisher]
+        leaving.look({name: has[name] for name in surplus}, asyncio.get_running_loop().time())
+        self._says.pop(publisher, None)  # from here on nobody is told otherwise
+        if not leaving.names:
             return
-        plan = view.plan()
-        sources = {copy.model: copy.sources for copy in plan.fetched_by(self._own)}
-        mine = {name: sources.get(name, ()) for name, peers in plan.holders.items() if self._own in peers}
-        kept.assign(mine)
-        self._viewed[publisher], self._assigned[publisher] = (view, mine), frozenset(sources)
-        self._tell(publisher, plan.short)
+        view = group.view(self._own, self._said(publisher))
+        for name in leaving.names:
+            model = models[name]
+            wanted = (policy_of(model.config) or Policy()).wanted(nbytes_of(model))
+            keepers = {peer: at for peer in view.keepers(name, model) - {self._own} if (at := group.asked(peer)) is not None}
+            if leaving.may_drop(name, wanted, keepers):
+                await self._drop(publisher, kept, name)
+
+    async def _drop(self, publisher: str, kept: Kept, name: str) -> None:
+        """Take it out of the catalog; its bytes go with the next collection."""
+        repository = self._with.repository
+
+        def remove() -> None:
+            state = repository.state_of(publisher, name)
+            if state is not None:
+                repository.follow([msgspec.structs.replace(state, versions=(), aliases={}, history=())])
+
+        if await kept.drop(name, lambda: asyncio.to_thread(remove)):
+            log.info("a copy that was one too many is dropped", publisher=publisher, model=name)
+            left = self._with.agreements.taken(publisher) - {name}
+            await asyncio.to_thread(self._with.agreements.take, publisher, left)
 
     def _note_refusals(self, publisher: str, kept: Kept) -> None:
         now = asyncio.get_running_loop().time()
@@ -280,6 +331,7 @@ def labs_of(view: View, name: str, model: FeedModel, own: str, petnames: Mapping
     if copies is None or policy is None:
         return {"policy": None, "labs": [], "short": None}
     states = {**dict.fromkeys(copies.coming, "coming"), **dict.fromkeys(copies.held, "whole")}
+    states |= {peer: "surplus" for peer in copies.held if name in view.said[peer].leaving}
     labs = [
         {"peer": peer, "petname": petnames.get(peer), "own": peer == own, "state": states[peer], "here": peer in view.here}
         for peer in sorted(states, key=lambda peer: (peer != own, states[peer], peer))

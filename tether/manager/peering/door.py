@@ -4,7 +4,7 @@ own/<operation>   the manager's operations; JSON in and out, but
                   own/put_blob   head {"digest", "encrypt"} | the blob          own/get_blob    answers the blob
                   own/read_zarr  answers head {"digest", "nbytes", "start"} | the bytes
 peer/connect      {"url"} → {"publisher", "scopes"}: finds a lab; with an invitation in the url this lab is enrolled there
-peer/call         head {"peer", "method", "timeout"} | value → what the peer answers
+peer/call         head {"peer", "method", "timeout"} | value → what the peer answers; both are passed on as they come
 peer/blob         {"peer", "digest"} → the blob
 door/hello        {} → {"pid", "version", "publisher", "alone"}
 door/leave        {} → {"pid"}: a manager that is alone ends, as soon as its calls are done
@@ -19,6 +19,7 @@ import functools
 import inspect
 import os
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -30,7 +31,7 @@ from tether.errors import ConflictError, MalformedRequestError, ManagerLeavingEr
 from tether.manager.asking import Operation
 from tether.ports import BlobSource, MessageStream
 from tether.security.addresses import Link
-from tether.swarm.rpc.rpc import Call, Handler, RpcConnection, RpcLimits, Service
+from tether.swarm.rpc.rpc import Call, Handler, Incoming, Outgoing, Reply, RpcConnection, RpcLimits, Service
 from tether.swarm.wire.local import THIS_USER
 from tether.types import Digest
 from tether.wire.heads import joined, parted
@@ -38,8 +39,12 @@ from tether.wire.heads import joined, parted
 __all__ = ["Door", "Peers"]
 
 log = structlog.get_logger("tether.manager")
-LIMITS: Final = RpcLimits(max_request_nbytes=72 << 20, max_held_nbytes=512 << 20)
-"""Of one of the user's own processes: a request as large as a gateway takes (64 MiB), and some of these at a time."""
+LIMITS: Final = RpcLimits(max_held_nbytes=512 << 20, max_passing_nbytes=4 << 30)
+"""Of one of the user's own processes."""
+_PASSING_NBYTES: Final = 1 << 30
+"""Of a call to another lab, of which a window lies here: that lab decides how large it may be."""
+_AHEAD_NBYTES: Final = 1 << 20
+"""Up to here a call is read before it is passed on, so that it can be made anew where a peer is about to end."""
 _LOOK: Final = 0.02
 """Seconds between looks at whether calls are done."""
 Asked = TypeVar("Asked")
@@ -55,8 +60,11 @@ class Peers(Protocol):
         """
         ...
 
-    async def request(self, peer: str, method: str, value: bytes, timeout: float | None) -> bytes:  # noqa: ASYNC109 (it also goes to the peer)
-        """Call a method of a lab, by its bare name. Raises: what the lab answers, DeadlineExceededError, ServiceUnavailableError."""
+    def exchange(self, peer: str, method: str, value: bytes | Outgoing, timeout: float | None) -> AbstractAsyncContextManager[Incoming]:
+        """Call a method of a lab, by its bare name; the answer is taken as it comes, and the value may be sent so.
+
+        Raises: what the lab answers, DeadlineExceededError, ServiceUnavailableError.
+        """
         ...
 
     async def blobs(self, peer: str) -> BlobSource:
@@ -149,14 +157,14 @@ class Door:
     # --- what can be called
 
     def _services(self) -> Service:
-        service = Service(self._authorise)
+        service = Service(self._authorise, LIMITS.max_passing_nbytes)
         for name, operation in self._operations.items():
             service.respond(f"own/{name}", functools.partial(_own, operation))
         own: dict[str, Handler] = {"put_blob": self._put_blob, "get_blob": self._get_blob, "read_zarr": self._read_zarr}
         for name, handler in own.items():
             service.respond(f"own/{name}", handler)
         service.respond("peer/connect", self._connect)
-        service.respond("peer/call", self._call)
+        service.pass_on("peer/call", self._call, _PASSING_NBYTES)
         service.respond("peer/blob", self._blob)
         service.respond("door/hello", self._hello)
         service.respond("door/leave", self._asked_to_leave)
@@ -183,10 +191,13 @@ class Door:
     async def _connect(self, _: Call, value: bytes) -> bytes:
         return _json(await self._peers.connect(Link.parse(_asked(value, _Connect).url)))
 
-    async def _call(self, _: Call, value: bytes) -> bytes:
-        head, body = parted(value)
-        asked = _asked(head, _Call)
-        return await self._peers.request(asked.peer, asked.method, body, asked.timeout)
+    async def _call(self, _: Call, body: Incoming, reply: Reply) -> None:
+        asked = _asked(await _head(body), _Call)
+        value = await body.rest() if body.left_nbytes <= _AHEAD_NBYTES else Outgoing(body.left_nbytes, body)
+        async with self._peers.exchange(asked.peer, asked.method, value, asked.timeout) as answer:
+            await reply.begin(answer.nbytes)
+            async for chunk in answer:
+                await reply.write(chunk)
 
     async def _blob(self, _: Call, value: bytes) -> bytes:
         asked = _asked(value, _Blob)
@@ -204,6 +215,14 @@ class Door:
         log.info("asked to leave")
         self._loop.call_soon(self._leave)  # behind the answer
         return _json({"pid": os.getpid()})
+
+
+async def _head(body: Incoming) -> bytes:
+    """The JSON before what is passed on. Raises: MalformedRequestError."""
+    nbytes = int.from_bytes(await body.read(4), "little")
+    if nbytes > _AHEAD_NBYTES:
+        raise MalformedRequestError(f"{nbytes} bytes of JSON say whom a call is for; at most {_AHEAD_NBYTES} are taken")
+    return await body.read(nbytes)
 
 
 async def _own(operation: Operation, _: Call, value: bytes) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ from typing import Any
 import msgspec
 import structlog
 
-from tether.errors import EngineError, FeedRefusedError, InternalError, MalformedFeedError, PeerUnreachableError, TetherError
+from tether.errors import (
+    EngineError,
+    FeedRefusedError,
+    ForbiddenError,
+    InternalError,
+    MalformedFeedError,
+    PeerUnreachableError,
+    TetherError,
+)
+from tether.manager.peering.feed_comparing import Comparing
 from tether.manager.peering.feed_copies import FeedCopies
 from tether.manager.peering.feed_reading import News, Offer, check_bound, parse_offer, read, some
 from tether.swarm.engine.engine import Engine
@@ -24,7 +33,7 @@ from tether.swarm.feeds.entries import Content, applied
 from tether.swarm.feeds.heads import Head, parse_head
 from tether.swarm.feeds.log import FeedCopy, LogPart
 from tether.swarm.feeds.state import FATAL, TAKEN, FeedState, FeedStates, Verdict, judge
-from tether.swarm.feeds.tree import FeedTree
+from tether.swarm.feeds.tree import FeedTree, Growth
 
 __all__ = ["FollowedFeed", "Following"]
 
@@ -45,7 +54,7 @@ class Following:
 
     engine_of: Callable[[], Awaitable[Engine]]
     ask: Callable[[], Awaitable[Mapping[str, Any]]]
-    """`tether/1/feed` of the publisher. Raises: TetherError: it does not answer."""
+    """`tether/1/feed` of the publisher. Raises: ForbiddenError: it does not let this lab follow it; TetherError: it does not answer."""
     on_content: Callable[[str, News], None]
     """The publisher's key (hex), and what is new, or after a start what is known; models that the user follows are then pulled, and
     `imported` is called."""
@@ -64,6 +73,7 @@ class FollowedFeed:
         """`publisher`: key, hex."""
         self.publisher, self._with = publisher, following
         self._copies = FeedCopies(following.engine_of, following.folder, self._told)
+        self._comparing = Comparing(self._copies, following.clock)
         self._lock, self._saving = asyncio.Lock(), asyncio.Lock()
         self._event, self._wake = asyncio.Event(), asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -74,6 +84,9 @@ class FollowedFeed:
         """Over the blocks that say `content`."""
         self.content: Content | None = None
         """What it says; None: not known yet, or no more."""
+        self._is_told = False
+        """Whether `on_content` was called since `start`."""
+        self._tells_known = True
         self.problem: TetherError | None = None
         """Why nothing new comes; FeedRefusedError: a person has to decide."""
 
@@ -82,10 +95,16 @@ class FollowedFeed:
         """What is believed. `state.head` is for handing on."""
         return self._taken
 
-    def start(self) -> None:
-        """Follow it until `aclose`."""
-        if self._task is None:
+    def start(self, *, with_known: bool = True) -> None:
+        """Follow it until `aclose`, or until this lab may not any more. `with_known`: what it said before counts until it answers."""
+        if self._task is None or self._task.done():
+            self._is_told, self._tells_known = False, with_known
             self._task = asyncio.create_task(self._run(), name=f"feed-{self.publisher[:8]}")
+
+    async def forbidden(self) -> None:
+        """Wait until the publisher lets this lab follow it no longer: it is not asked again then before the next `start`."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     def nudge(self) -> None:
         """Ask now: the peer is back, or somebody has a newer head."""
@@ -102,19 +121,32 @@ class FollowedFeed:
         await self._save(msgspec.structs.replace(news.state, refusal=state.refusal, rollbacks=state.rollbacks, pardoned=state.pardoned))
         await self._copies.keep({head.core for head in (new, self._taken.known) if head})
 
-    async def heard(self, signed: bytes, seen_from: str) -> Verdict:
+    async def heard(self, signed: bytes, seen_from: str, growth: Growth | None = None) -> Verdict:
         """A head of this feed that another peer (key, hex) handed on: a longer one is asked for, one that contradicts stops the feed.
+
+        An older one is nothing against the peer, which is only behind. `growth`: of a longer one, from the length that is known here.
 
         Raises: MalformedFeedError: it is none; StoreError.
         """
         head = parse_head(signed, self.publisher)
         async with self._lock:
-            verdict = await self._judged(head)
-            if verdict in FATAL or verdict is Verdict.ROLLED_BACK:
+            if not self._comparing.may_judge(self._taken, head, seen_from):
+                return Verdict.ROLLED_BACK
+            verdict = await self._comparing.judged(self._taken, head, growth)
+            if verdict in FATAL:
                 await self._refuse(verdict, signed, seen_from)
-        if verdict in TAKEN or verdict is Verdict.UNPROVEN:
+        if verdict in TAKEN or verdict in FATAL or verdict is Verdict.UNPROVEN:
             self.nudge()
         return verdict
+
+    async def growth(self, signed: bytes, peer: str) -> Growth | None:
+        """What shows this peer, who has a shorter head, whether the one that is believed here contains it; None: it can't be shown.
+
+        Raises: MalformedFeedError: it is no head of this feed.
+        """
+        head = parse_head(signed, self.publisher)
+        async with self._lock:
+            return await self._comparing.growth(self._taken, head, peer)
 
     async def forgive(self, *, from_the_start: bool = False) -> None:
         """A person decided to follow it again. Raises: StoreError."""
@@ -143,6 +175,11 @@ class FollowedFeed:
             began = loop.time()
             try:
                 await self._session()
+            except ForbiddenError as error:
+                log.info("a feed is followed no longer: its lab does not allow it", publisher=self.publisher, error=str(error))
+                self.problem = None
+                await self._copies.aclose()
+                return
             except TetherError as error:
                 self._failed(error)
             except Exception as error:
@@ -180,8 +217,8 @@ class FollowedFeed:
         known = self._taken.known
         if self.content is None and known is not None:
             self.content, self._tree = await self._remembered(known)
-            if self.content is not None:
-                self._with.on_content(self.publisher, News(self.content, (), Verdict.SAME, known.length, self._taken))
+            if self.content is not None and self._tells_known:
+                self._tell(self.content, (), Verdict.SAME, known.length)
 
     async def _remembered(self, known: Head) -> tuple[Content | None, FeedTree]:
         """What the copy here says at the head that is known; None: it is damaged, or gone."""
@@ -205,8 +242,10 @@ class FollowedFeed:
     async def _consider(self, offer: Offer) -> FeedCopy:
         """Take what is new, or refuse it; its copy, connected. Raises: TetherError."""
         head = offer.head
-        verdict = await self._judged(head)
+        verdict = await self._comparing.judged(self._taken, head)
         if verdict is Verdict.SAME and self.content is not None:
+            if not self._is_told:
+                self._tell(self.content, (), verdict, head.length)
             copy = await self._copies.of(head.core)
             await copy.connect(offer.server)
             return copy
@@ -224,18 +263,6 @@ class FollowedFeed:
         copy = await self._copies.of(head.core)
         await copy.connect(offer.server)
         return copy
-
-    async def _judged(self, head: Head) -> Verdict:
-        """Of two heads of one core the copy here shows whether the longer contains the shorter, where the longer one is known."""
-        verdict = judge(self._taken, head, None, self._with.clock())
-        known = self._taken.known
-        if verdict is not Verdict.ROLLED_BACK or known is None or (head.core, head.fork) != (known.core, known.fork):
-            return verdict
-        try:
-            part = await (await self._copies.of(head.core)).read(FeedTree(), known.length, head.length)
-        except (EngineError, MalformedFeedError, PeerUnreachableError):
-            return verdict
-        return judge(self._taken, head, part.marked, self._with.clock()) if part.tree.root() == known.root else verdict
 
     async def _proven(self, offer: Offer) -> LogPart:
         """What the publisher's blocks prove. A copy that does not fit, or go on, says nothing against it: all is fetched beside it.
@@ -285,8 +312,13 @@ class FollowedFeed:
         if verdict is Verdict.NEW_ERA:
             log.warning("a lab began its feed anew", publisher=self.publisher, era=offer.head.era)
         self._taken, self.content, self._tree = self._taken.imported(offer.signed), content, shown.tree
+        self._comparing.took(offer.head)
         await self._copies.close_others(offer.head.core)
-        self._with.on_content(self.publisher, News(content, changed, verdict, offer.head.length, self._taken))
+        self._tell(content, changed, verdict, offer.head.length)
+
+    def _tell(self, content: Content, changed: Sequence[str], verdict: Verdict, length: int) -> None:
+        self._is_told = True
+        self._with.on_content(self.publisher, News(content, tuple(changed), verdict, length, self._taken))
 
     async def _refuse(self, verdict: Verdict, signed: bytes, seen_from: str) -> FeedRefusedError:
         """Remembered at once; the error to raise. Raises: StoreError."""

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
 
-from tether.errors import DeadlineExceededError, PayloadTooLargeError, ServiceUnavailableError
+import orjson
+
+from tether.errors import DeadlineExceededError, ServiceUnavailableError, TetherError
+from tether.swarm.rpc.rpc import Incoming
 from tether.wire.faults import decode_error
 
 if TYPE_CHECKING:
     import aiohttp
 
-__all__ = ["Gateway"]
+__all__ = ["Answer", "Gateway"]
 
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 _TIMEOUT: Final = 65.0
 """Seconds; over the gateway's own 60, so that its answer, which says more, comes first."""
-_ANSWER_NBYTES: Final = 1 << 30
-"""Of one answer, as an RPC connection carries."""
+_LONGEST: Final = 3600.0
+"""Seconds, as the gateway has it: a peer may say what it likes."""
+_JOINED: Final = 1 << 20
+"""Bytes of a request up to which it is sent in one piece."""
+_ERROR_NBYTES: Final = 64 << 10
+
+
+class Answer(NamedTuple):
+    """Of the gateway, not read yet."""
+
+    nbytes: int
+    header_nbytes: int
+    """Of its JSON."""
+    chunks: AsyncIterator[bytes]
 
 
 class Gateway:
@@ -34,43 +51,69 @@ class Gateway:
         """Whether this lab runs models for others at all."""
         return self._url is not None
 
-    async def infer(self, model: str, version: str, body: bytes, header_nbytes: int, seconds: float | None) -> tuple[bytes, int]:
-        """The answer's body and the length of its JSON. `model`: as a URL names it; `version`: "" for the default one.
+    @asynccontextmanager
+    async def infer(self, target: tuple[str, str], header: bytes, tensors: Incoming, seconds: float | None) -> AsyncIterator[Answer]:
+        """Run a request whose JSON is `header` and whose tensors come as they do; the answer is passed on in the same way.
 
+        `target`: the model as a URL names it, and the version, "" for the default one.
         Raises: what the gateway answers; ServiceUnavailableError: there is none, or it is away; DeadlineExceededError.
         """
-        if self._url is None:
-            raise ServiceUnavailableError("this lab runs no models for others: it was started without a gateway")
+        model, version = target
         path = f"/v2/models/{quote(model, safe='~@')}" + (f"/versions/{quote(version, safe='')}" if version else "") + "/infer"
-        headers = {HEADER_LENGTH: str(header_nbytes), "Content-Type": "application/octet-stream"}
+        nbytes = len(header) + tensors.left_nbytes
+        headers = {HEADER_LENGTH: str(len(header)), "Content-Type": "application/octet-stream", "Content-Length": str(nbytes)}
         if seconds is not None:
             headers["X-Request-Timeout"] = f"{max(seconds, 0.001):.3f}"
+        limit = _TIMEOUT if seconds is None else min(seconds, _LONGEST)
         try:
-            async with asyncio.timeout(_TIMEOUT if seconds is None else seconds):
-                return await self._post(self._url + path, body, headers)
+            async with asyncio.timeout(limit):
+                data = header + await tensors.rest() if nbytes <= _JOINED else _chunks(header, tensors)
+                async with self._asked("POST", path, data=data, headers=headers) as response:
+                    yield _answer(response)
         except TimeoutError as error:
-            raise DeadlineExceededError(f"no answer from the lab's gateway within {seconds or _TIMEOUT:g} s") from error
+            if isinstance(error, TetherError):
+                raise
+            raise DeadlineExceededError(f"no answer from the lab's gateway within {limit:g} s") from error
 
-    async def _post(self, url: str, body: bytes, headers: dict[str, str]) -> tuple[bytes, int]:
+    async def events(self, after: int | None, wait: float) -> dict[str, Any]:
+        """What happened in the lab: `{"events", "seq"}`, at once or, if nothing has after that number, when something does.
+
+        Raises: as `infer`.
+        """
+        query = {"wait": f"{wait:g}"} | ({} if after is None else {"after": str(after)})
+        try:
+            async with asyncio.timeout(wait + _TIMEOUT), self._asked("GET", "/tether/v1/events", params=query) as response:
+                told: dict[str, Any] = orjson.loads(await response.read())
+                return told
+        except TimeoutError as error:
+            raise DeadlineExceededError("the lab's gateway does not say what happened: ask again") from error
+
+    @asynccontextmanager
+    async def _asked(self, method: str, path: str, **request: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Raises: what the gateway answers instead of 2xx; ServiceUnavailableError."""
         import aiohttp  # 0.1 s that a lab without peers need not pay
 
+        if self._url is None:
+            raise ServiceUnavailableError("this lab runs no models for others: it was started without a gateway")
         try:
-            async with self._connected().post(url, data=body, headers=headers, allow_redirects=False) as response:
-                if (response.content_length or 0) > _ANSWER_NBYTES:
-                    raise PayloadTooLargeError(f"the answer has {response.content_length} bytes, over {_ANSWER_NBYTES}: ask for less")
-                answer, status, nbytes = await response.read(), response.status, response.headers.get(HEADER_LENGTH)
+            async with self._connected().request(method, self._url + path, allow_redirects=False, **request) as response:
+                if response.status // 100 != 2:  # noqa: PLR2004 (2xx)
+                    raise decode_error(response.status, await response.content.read(_ERROR_NBYTES))
+                yield response
         except aiohttp.ClientError as error:
             raise ServiceUnavailableError(f"the lab's gateway does not answer ({type(error).__name__}); try again") from error
-        if status // 100 != 2:  # noqa: PLR2004 (2xx)
-            raise decode_error(status, answer)
-        return answer, int(nbytes) if nbytes else len(answer)
 
     def _connected(self) -> aiohttp.ClientSession:
         import aiohttp  # as above
 
         if self._session is None:
             headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-            self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20)
+            self._session = aiohttp.ClientSession(
+                headers=headers,
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None),  # each call has its own
+                read_bufsize=1 << 20,
+            )
         return self._session
 
     async def aclose(self) -> None:
@@ -78,3 +121,17 @@ class Gateway:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+
+def _answer(response: aiohttp.ClientResponse) -> Answer:
+    nbytes = response.content_length
+    if nbytes is None:
+        raise ServiceUnavailableError("what answers in the place of the lab's gateway does not say how much it answers")
+    header = response.headers.get(HEADER_LENGTH)
+    return Answer(nbytes, int(header) if header else nbytes, response.content.iter_any())
+
+
+async def _chunks(header: bytes, tensors: Incoming) -> AsyncIterator[bytes]:
+    yield header
+    async for chunk in tensors:
+        yield chunk

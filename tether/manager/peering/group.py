@@ -37,6 +37,8 @@ class Group:
         """When each was first asked."""
         self._presence = Presence(self._loop.time())
         self._said: dict[str, Said] = {}
+        self._heard: dict[str, float] = {}
+        """When each was asked what it said last."""
         self._answered: set[str] = set()
         self._asking: dict[str, asyncio.Task[None]] = {}
 
@@ -51,6 +53,7 @@ class Group:
         for peer in self._asking.keys() - members:
             self._asking.pop(peer).cancel()
             self._said.pop(peer, None)
+            self._heard.pop(peer, None)
             self._answered.discard(peer)
             self._met.pop(peer, None)
             self._presence.left(peer)
@@ -65,7 +68,11 @@ class Group:
     def view(self, own: str, said: Said) -> View:
         """What is known now; `said`: by this lab. To be called each second."""
         here = self._presence.here(self._loop.time())
-        return View(self.content or Content(), {**self._said, own: said}, here | {own})
+        return View(self.content or Content(), {**self._said, own: said}, here | {own}, self.publisher)
+
+    def asked(self, peer: str) -> float | None:
+        """When, on the loop's clock, a lab was asked the question that it answered last."""
+        return self._heard.get(peer)
 
     async def _follow(self, peer: str) -> None:
         while True:
@@ -84,13 +91,14 @@ class Group:
         return self._loop.time() - self._met[peer] < PATIENCE
 
     async def _asked(self, peer: str) -> None:
-        before = self._said.get(peer)
+        before, began = self._said.get(peer), self._loop.time()
         try:
             answer = await self._ask(peer, msgspec.json.encode(Asked(self.publisher, before.state if before else "")))
         except ForbiddenError:  # it takes no part, or has not read yet who does
             self._said.pop(peer, None)
+            self._heard.pop(peer, None)
             self._presence.left(peer)
             raise
-        self._said[peer] = parse_said(answer, before)
+        self._said[peer], self._heard[peer] = parse_said(answer, before), began
         self._answered.add(peer)
         self._presence.heard(peer, self._loop.time())

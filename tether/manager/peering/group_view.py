@@ -1,7 +1,7 @@
 """Pure: what labs that hold copies of a publisher's models tell each other, and what one of them makes of it.
 
-`tether/1/have`, JSON: {"publisher": key, "seen": state} -> {"state", "holds", "region", "room", "has": {model: mark}, "coming", "refused"};
-{"state"} alone where the caller has seen that. Asked each second, it is also how labs know of each other that they are there.
+`tether/1/have`, JSON: {"publisher": key, "seen": state} -> {"state", "holds", "region", "room", "has": {model: mark}, "coming", "leaving",
+"refused"}; {"state"} alone where the caller has seen that. Asked each second, it is also how labs know of each other that they are there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,20 @@ from tether.errors import RemoteError
 from tether.manager.peering.replication import Copies, Plan, Policy, Site, plan
 from tether.swarm.feeds.entries import MAX_MODELS, Content, FeedModel
 
-__all__ = ["MAX_MEMBERS", "Asked", "Said", "View", "chosen", "config_of", "mark", "parse_said", "policy_of", "stated"]
+__all__ = [
+    "MAX_MEMBERS",
+    "Asked",
+    "Said",
+    "View",
+    "chosen",
+    "config_of",
+    "mark",
+    "nbytes_of",
+    "parse_said",
+    "policy_of",
+    "stated",
+    "whole_mark",
+]
 
 MAX_MEMBERS = 64
 """Labs that hold copies of one publisher's models: each asks each other one once a second."""
@@ -44,6 +57,8 @@ class Said(msgspec.Struct, frozen=True, omit_defaults=True):
     """Model, as the publisher calls it → `mark` of the versions that are there."""
     coming: tuple[str, ...] = ()
     """Models that it is fetching."""
+    leaving: tuple[str, ...] = ()
+    """Models of which it has one copy too many, which it drops when enough others say that they keep theirs: see `leaving.py`."""
     refused: tuple[str, ...] = ()
     """Models that it can't take: code of a publisher whom it does not trust, what its sandbox refused, a full disk."""
 
@@ -62,7 +77,8 @@ def parse_said(data: bytes, before: Said | None) -> Said:
         raise RemoteError(f"a lab's answer about its copies makes no sense ({error}): it may have another version of Tether") from None
     if before is not None and said.state == before.state:
         return before
-    if max(len(said.has), len(said.coming), len(said.refused)) > MAX_MODELS or len(said.region) > _MAX_REGION or (said.room or 0) < 0:
+    most = max(map(len, (said.has, said.coming, said.leaving, said.refused)))
+    if most > MAX_MODELS or len(said.region) > _MAX_REGION or (said.room or 0) < 0:
         raise RemoteError(f"a lab says that it has copies of more than {MAX_MODELS} models, or is in a region of a long name: not believed")
     return said
 
@@ -70,6 +86,16 @@ def parse_said(data: bytes, before: Said | None) -> Said:
 def mark(digests: Iterable[str]) -> str:
     """Of a set of versions: two labs with the same mark have the same ones."""
     return blake3(b"".join(bytes.fromhex(digest) for digest in sorted(digests))).hexdigest(_MARK_NBYTES)
+
+
+def whole_mark(model: FeedModel) -> str:
+    """Of all versions that there are now."""
+    return mark(version.digest for version in model.versions.values())
+
+
+def nbytes_of(model: FeedModel) -> int:
+    """Of one copy."""
+    return sum(version.nbytes for version in model.versions.values())
 
 
 def chosen(peers: Iterable[str]) -> tuple[str, ...]:
@@ -102,17 +128,29 @@ class View:
     said: Mapping[str, Said]
     """Key → what the lab said last, this one among them, also of labs that are away."""
     here: frozenset[str]
+    publisher: str = ""
+    """Key of the lab whose models they are; "": not known."""
 
     def copies(self, name: str, model: FeedModel) -> Copies | None:
         """Who has a model; None: it has no policy."""
         policy = policy_of(model.config)
         if policy is None or not model.versions:
             return None
-        whole = mark(version.digest for version in model.versions.values())
+        whole = whole_mark(model)
         held = self._those(lambda each: each.has.get(name) == whole)
         begun = self._those(lambda each: name in each.has or name in each.coming)  # an earlier version too: it has most of what is to come
-        nbytes = sum(version.nbytes for version in model.versions.values())
-        return Copies(name, nbytes, policy, held, begun - held, self._those(lambda each: name in each.refused))
+        refused = self._those(lambda each: name in each.refused)
+        return Copies(name, nbytes_of(model), policy, held, begun - held, refused, frozenset({self.publisher}))
+
+    def keepers(self, name: str, model: FeedModel) -> frozenset[str]:
+        """Labs that are here, have all of a model where it is to be, and say that they keep it."""
+        policy, whole = policy_of(model.config) or Policy(), whole_mark(model)
+
+        def keeps(peer: str, each: Said) -> bool:
+            is_place = not policy.regions or peer in policy.pin or each.region in policy.regions
+            return is_place and each.holds and each.has.get(name) == whole and name not in each.leaving
+
+        return frozenset(peer for peer in self.here if peer in self.said and keeps(peer, self.said[peer]))
 
     def plan(self) -> Plan:
         """Who is to hold what."""

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
-from tether.errors import ForbiddenError, InternalError, RequestError, TetherError, UnknownModelError
+from tether.errors import (
+    ForbiddenError,
+    InternalError,
+    MalformedFeedError,
+    MalformedManifestError,
+    RequestError,
+    TetherError,
+    UnknownModelError,
+    UntrustedCodeError,
+)
 from tether.manager.peering.feeds import FollowedFeed, Following, News
 from tether.manager.peering.listing import content_of_rows
 from tether.manager.peering.progress import Progress
@@ -22,11 +32,15 @@ from tether.manager.peering.subscriptions import EVERYTHING, Subscription
 from tether.swarm.feeds.entries import Content
 from tether.types import Digest
 
-__all__ = ["Kept", "KeptModel", "Surroundings"]
+__all__ = ["FINAL", "Kept", "KeptModel", "Surroundings"]
 
 log = structlog.get_logger("tether.manager")
+FINAL: Final = (RequestError, MalformedFeedError, MalformedManifestError)
+"""Why a model does not come, so that waiting does not help: something has to be other than it is."""
 _WAIT = 20.0
 """Seconds for which a publisher whose feed this lab may not have is to keep a question open until it has news."""
+_GLANCE = 5.0
+"""Seconds for asking it whether it has a model at all: others wait to come in."""
 _SPACING = 0.2
 """Seconds between questions, however often it has news."""
 _AT_ONCE = 4
@@ -78,6 +92,8 @@ class Kept:
         self._pulled: Content | None = None
         """The last that was gone through."""
         self._room = asyncio.Semaphore(_AT_ONCE)
+        self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """A model comes in, or goes."""
         self._had: dict[str, frozenset[Digest]] = {}
         """Versions of a model that are here."""
         self._seen = ""
@@ -103,6 +119,19 @@ class Kept:
                 known.error, known.is_done = None, False
         self.nudge()
 
+    def try_again(self, name: str) -> None:
+        """A person asks for a model (or `EVERYTHING`) of which something was refused."""
+        self._with.pulling.forgive(self._subscription.publisher, None if name == EVERYTHING else name)
+        for each in self.models.values() if name == EVERYTHING else (self.models.setdefault(name, KeptModel()),):
+            if isinstance(each.error, FINAL):
+                each.error = None
+        self.nudge()
+
+    def trust_changed(self) -> None:
+        """A publisher may be trusted otherwise than before."""
+        if any(isinstance(each.error, UntrustedCodeError) for each in self.models.values()):
+            self._wake.set()
+
     def hold(self) -> None:
         """Copies are held here for the publisher: what its feed said counts also when it is gone, and before it is asked."""
         if not self._holds:
@@ -114,6 +143,28 @@ class Kept:
         before, self._assigned = self._assigned, models
         if any(before.get(name) != sources for name, sources in models.items() if not (name in self.models and self.models[name].is_done)):
             self._wake.set()
+
+    @property
+    def feed(self) -> FollowedFeed:
+        """The publisher's; it may not be followed."""
+        return self._feed
+
+    def is_asked_for(self, name: str) -> bool:
+        """Whether people here want this model, whoever else does."""
+        return bool(self._subscription.names((name,)))
+
+    async def drop(self, name: str, remove: Callable[[], Awaitable[object]]) -> bool:
+        """Have a model removed, and tell whether it was: not one that somebody wants, or that just comes in. Raises: what `remove` does."""
+        if self._turns[name].locked():
+            return False
+        async with self._turns[name]:
+            if self.is_asked_for(name) or name in self._assigned:
+                return False
+            await remove()
+            self.models.pop(name, None)
+            self._had.pop(name, None)
+        self._with.changed()
+        return True
 
     @property
     def content(self) -> Content | None:
@@ -154,21 +205,22 @@ class Kept:
     # --- what the publisher says
 
     def _heard(self, _: str, news: News) -> None:
+        changed = tuple(self.models) if self._news is None else news.changed  # else of another's words than the feed's
         self._news, self._content = news, news.content
-        for name in news.changed:
+        for name in changed:
             if name in self.models:
                 self.models[name].is_done = False
         self._wake.set()
 
     async def _follow(self) -> None:
-        """By its feed; without the right to that, by asking for the models themselves."""
-        pause = _AGAIN
+        """By its feed, while this lab may have that; else by asking for the models themselves."""
+        pause, is_refused = _AGAIN, False
         while True:
             self._look.clear()
             try:
-                if self._holds or await self._may_follow():
-                    self._feed.start()
-                    return
+                if (self._holds and not is_refused) or await self._may_follow():
+                    await self._by_feed()
+                is_refused = True
                 await self._unless_nudged(self._asked())
                 pause = _AGAIN
                 await asyncio.sleep(_SPACING)
@@ -180,6 +232,11 @@ class Kept:
                 self._failed(self._subscription.models, InternalError(f"{type(error).__name__}: the log has the traceback"))
             await self._rest(pause)
             pause = min(2 * pause, _AT_LAST)
+
+    async def _by_feed(self) -> None:
+        """Until the publisher takes the right to it back. What is known of it counts only where the publisher may be away."""
+        self._feed.start(with_known=self._holds and self._content is None)
+        await self._feed.forbidden()
 
     async def _may_follow(self) -> bool:
         try:
@@ -212,7 +269,7 @@ class Kept:
         answer = await self._with.ask(self._subscription.publisher, "models", question)
         content, self._seen = content_of_rows(answer["models"]), str(answer.get("state", ""))
         if content != self._content:
-            self._content = content
+            self._news, self._content = None, content
             for kept in self.models.values():
                 kept.is_done = False
             self._wake.set()
@@ -230,8 +287,8 @@ class Kept:
             if content is None:
                 continue
             names = tuple(dict.fromkeys((*self._subscription.names(tuple(content.models)), *(self._assigned.keys() & content.models))))
-            self._missing(set(self._subscription.models) - set(names))
-            failed = await asyncio.gather(*(self._model(name, content) for name in names))
+            await self._missing(set(self._subscription.models) - {*names, EVERYTHING})
+            failed = await asyncio.gather(*(self._turn(name, content) for name in names))
             if any(failed):
                 pause = min(2 * (pause or _AGAIN / 2), _AT_LAST)
             else:
@@ -246,6 +303,10 @@ class Kept:
         except TetherError as error:
             log.warning("how far a feed was followed can't be written down", publisher=self._subscription.publisher, error=str(error))
 
+    async def _turn(self, name: str, content: Content) -> bool:
+        async with self._turns[name]:
+            return await self._model(name, content)
+
     async def _model(self, name: str, content: Content) -> bool:
         """Bring one model here; whether that is to be tried again."""
         kept = self.models.setdefault(name, KeptModel())
@@ -259,7 +320,7 @@ class Kept:
                 records = await self._with.pulling.pull(wish, peers, self._progressed)
         except TetherError as error:
             self._failed((name,), error)
-            return not isinstance(error, RequestError)
+            return not isinstance(error, FINAL)
         except Exception as error:
             log.exception("a model could not be brought here", publisher=wish.publisher, model=name)
             self._failed((name,), InternalError(f"{type(error).__name__}: the log has the traceback"))
@@ -285,11 +346,15 @@ class Kept:
         self.models[name].progress = progress
         self._moved.set()
 
-    def _missing(self, names: set[str]) -> None:
-        self._failed(
-            sorted(names - {EVERYTHING}),
-            UnknownModelError("the lab has no such model, or none that this lab may have"),
-        )
+    async def _missing(self, names: set[str]) -> None:
+        """What the feed does not name yet may be just published: of what is asked for now the lab is asked itself."""
+        new, there = sorted(name for name in names if name not in self.models or self.models[name].error is None), set()
+        if new and self._news is not None:
+            with contextlib.suppress(TetherError, TimeoutError):
+                async with asyncio.timeout(_GLANCE):
+                    answer = await self._with.ask(self._subscription.publisher, "models", {"names": new})
+                there = set(content_of_rows(answer["models"]).models)
+        self._failed(sorted(names - there), UnknownModelError("the lab has no such model, or none that this lab may have"))
 
     def _failed(self, names: Sequence[str], error: TetherError) -> None:
         for name in names:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, TypeVar
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 import orjson
 from blake3 import blake3
 
+from tether.config import Limits
 from tether.errors import MalformedRequestError, ManagerLeavingError, ServiceUnavailableError, UnknownModelError, UnknownVersionError
 from tether.manager.peering.gateway import Gateway
+from tether.manager.peering.lender import Lender
+from tether.manager.peering.readying import Wanted
+from tether.manager.peering.telling import Telling
 from tether.security.access import Access
 from tether.store import Repository
 from tether.swarm.node.node import PREFIX
-from tether.swarm.rpc.rpc import Call, Service
-from tether.types import Digest, ModelRef
+from tether.swarm.rpc.rpc import Call, Incoming, Reply, Service
+from tether.types import Digest, ModelRef, ModelVersion
 
 __all__ = ["Ask", "Methods"]
 
@@ -26,6 +32,8 @@ _DIGEST_NBYTES: Final = 32
 _MOST_RESOLVED: Final = 4096
 _MOST_WAIT: Final = 30.0
 """Seconds for which a question about models may stay open: a peer that is gone without a word is forgotten then."""
+_MOST_HEADER: Final = 16 << 20
+"""Bytes of an inference's JSON, which has to be here as a whole; tensors behind it have not."""
 _Length: Final = struct.Struct("<I")
 Asked = TypeVar("Asked")
 
@@ -71,6 +79,14 @@ class _Infer(msgspec.Struct):
     model_version: str = ""
 
 
+class _Request(NamedTuple):
+    """An inference, whose tensors may still be on their way."""
+
+    header: bytes
+    tensors: Incoming
+    reply: Reply
+
+
 class Methods:
     """Of one lab."""
 
@@ -80,12 +96,23 @@ class Methods:
         """What `feed` answers."""
         self.on_admitted: Callable[[str], None] = _nothing
         """Told of a key that may do more, before it is told so itself."""
+        self.heads: Callable[[str, bytes], Awaitable[bytes]] = _no_heads
+        """Caller, value → what `heads` answers."""
         self.have: Callable[[str, bytes], Awaitable[bytes]] = _no_group
         """Caller, value → what `have` answers."""
+        self.claimed: Callable[[str, Digest, int], AbstractAsyncContextManager[None]] = _unbounded
+        """Caller, digest, size: to be entered while a blob is staged. Raises: StagingFullError."""
         self.opens: Callable[[str, str], bool] = _nothing_more
         """Peer, method: what is open to a key by something else than its scopes."""
+        self.may: Callable[[str, str, str | None], bool] = access.may
+        """Peer, method, model by its resolved name: whether it may, by scopes or something else."""
+        self.lender: Lender | None = None
+        """Who runs models of labs to which workers are lent, and knows how the workers stand."""
+        self.register: Callable[[str, bytes], Awaitable[bytes]] = _no_borrower
+        """Caller, value → what `register` answers."""
         self._publisher, self._ask, self._repository = publisher, ask, repository
         self._access, self._gateway = access, gateway
+        self._telling = Telling(gateway, access)
         self._resolved: dict[str, str] = {}
         self._rows: list[dict[str, Any]] | None = None
         self._changed = asyncio.Event()
@@ -100,19 +127,24 @@ class Methods:
             "models": self._models,
             "manifest": self._manifest,
             "feed": self._feed,
-            "infer": self._infer,
             "stage": self._stage,
             "publish": self._publish,
             "alias": self._alias,
             "envelope": self._envelope,
             "have": self._have,
+            "heads": self._heads,
+            "events": self._telling.events,
+            "capacity": self._capacity,
+            "register": self._register,
         }.items():
             service.respond(PREFIX + name, handler)
+        service.pass_on(PREFIX + "infer", self._infer, Limits().body_nbytes + _Length.size)
         return service
 
     def leave(self) -> None:
         """Do nothing new: this manager is about to end. Questions that wait for a change are answered now."""
         self._is_leaving = True
+        self._telling.is_leaving = True
         self._changed.set()
 
     def changed(self) -> None:
@@ -160,7 +192,9 @@ class Methods:
 
     async def _ping(self, call: Call, _: bytes) -> bytes:
         seen = await self._seen(call)
-        return orjson.dumps({"publisher": self._publisher, "time": time.time(), "models": len(seen), "serves": self._gateway.is_there})
+        answer = {"publisher": self._publisher, "time": time.time(), "models": len(seen), "serves": self._gateway.is_there}
+        vitals = None if self.lender is None else self.lender.pinged(call.peer)
+        return orjson.dumps(answer if vitals is None else answer | {"lent": msgspec.to_builtins(vitals)})
 
     # --- what there is
 
@@ -182,13 +216,13 @@ class Methods:
             rows = await self._ask("models")
             if changed is self._changed:
                 self._rows = rows
-        return [row for row in rows if self._access.may(call.peer, "models", row["name"])]
+        return [row for row in rows if self.may(call.peer, "models", row["name"])]
 
     async def _manifest(self, call: Call, value: bytes) -> bytes:
         """As it was signed. Whether there is a version that the caller may not have is not told."""
         digest = Digest(_asked(value, _Manifest).digest)
         names = [version.name for version in await asyncio.to_thread(self._repository.versions_of, digest)]
-        name = next((name for name in names if self._access.may(call.peer, "manifest", name)), None)
+        name = next((name for name in names if self.may(call.peer, "manifest", name)), None)
         if name is None:
             raise UnknownVersionError("there is no version with this digest that this key may have")
         return orjson.dumps(await self._ask("signed_manifest", digest=digest) | {"name": name})
@@ -200,35 +234,76 @@ class Methods:
     async def _feed(self, _: Call, __: bytes) -> bytes:
         return orjson.dumps(await self.feed())
 
+    async def _heads(self, call: Call, value: bytes) -> bytes:
+        """Which head of another lab's feed is believed here, to who shows that it knows one: see `handing_on`."""
+        return await self.heads(call.peer, value)
+
     async def _have(self, call: Call, value: bytes) -> bytes:
         """What this lab has of one publisher's models, to labs that hold copies of them too: see `group_view`."""
         return await self.have(call.peer, value)
 
     # --- running
 
-    async def _infer(self, call: Call, value: bytes) -> bytes:
-        header_nbytes, body = _parted(value)
+    async def _infer(self, call: Call, body: Incoming, reply: Reply) -> None:
+        (nbytes,) = _Length.unpack(await body.read(_Length.size))
+        if not 0 < nbytes <= _MOST_HEADER:
+            raise MalformedRequestError(f"infer: {nbytes} bytes of JSON; 1 to {_MOST_HEADER} are taken, and tensors in binary behind it")
+        header = await body.read(nbytes)
         try:
-            asked = msgspec.json.decode(memoryview(body)[:header_nbytes], type=_Infer)
+            asked = msgspec.json.decode(header, type=_Infer)
         except msgspec.DecodeError as error:
             raise MalformedRequestError(f"infer: the JSON is no inference request with a model_name: {error}") from None
         ref = ModelRef.parse(asked.model_name)
+        request = _Request(header, body, reply)
+        if self.lender is not None and ref.publisher == call.peer and self.lender.lends(call.peer, ref.name):
+            async with self.lender.turn(call.peer):
+                await self._run_for(call, ref, request)
+            return
         await self._check(call, _url_name(ref))
         name = f"{_url_name(ref)}@{ref.alias}" if ref.alias else _url_name(ref)
         version = asked.model_version or ("" if ref.version is None else str(ref.version))
         if ref.sha is not None:
             version = str((await asyncio.to_thread(self._repository.resolve, ref)).version)
+        await self._run(call, (name, version), request)
+
+    async def _run_for(self, call: Call, ref: ModelRef, request: _Request) -> None:
+        """A model of the caller's own, on workers that are lent to it; by its key, since what it is called here is this lab's choice."""
+        bare = dataclasses.replace(ref, publisher=None)
+        record = await asyncio.to_thread(self._repository.resolve, bare, call.peer)
+        await self._run(call, (record.name, str(record.version)), request)
+
+    async def _run(self, call: Call, target: tuple[str, str], request: _Request) -> None:
         seconds = None if call.deadline is None else call.deadline - asyncio.get_running_loop().time()
-        answer, nbytes = await self._gateway.infer(name, version, body, header_nbytes, seconds)
-        return _Length.pack(nbytes) + answer
+        async with self._gateway.infer(target, request.header, request.tensors, seconds) as answer:
+            await request.reply.begin(_Length.size + answer.nbytes)
+            await request.reply.write(_Length.pack(answer.header_nbytes))
+            async for chunk in answer.chunks:
+                await request.reply.write(chunk)
+
+    async def _capacity(self, call: Call, value: bytes) -> bytes:
+        """How a model stands here: of this lab, or, to whom workers are lent, its own, which is made ready if it asks for that."""
+        asked, lender = _asked(value, Wanted), self.lender
+        if lender is None:
+            raise ServiceUnavailableError("this lab has no workers now: ask again later")
+        if asked.digest and lender.lends(call.peer, asked.model):
+            return msgspec.json.encode(await lender.capacity(call.peer, asked))
+        ref = dataclasses.replace(ModelRef.parse(asked.model), version=asked.version)
+        await self._check(call, _url_name(ref))
+        record = await asyncio.to_thread(self._repository.resolve, ref)
+        return msgspec.json.encode(await lender.standing(ModelVersion(record.name, record.version, record.digest)))
+
+    async def _register(self, call: Call, value: bytes) -> bytes:
+        """Workers of the caller's, for this lab."""
+        return await self.register(call.peer, value)
 
     # --- publishing
 
-    async def _stage(self, _: Call, value: bytes) -> bytes:
+    async def _stage(self, call: Call, value: bytes) -> bytes:
         digest, data = value[:_DIGEST_NBYTES], value[_DIGEST_NBYTES:]
         if len(digest) < _DIGEST_NBYTES:
             raise MalformedRequestError("stage: the value is a digest of 32 bytes and the blob behind it")
-        staged = await self._ask("put_blob", digest=digest.hex(), data=data)
+        async with self.claimed(call.peer, Digest(digest.hex()), len(data)):
+            staged = await self._ask("put_blob", digest=digest.hex(), data=data)
         return orjson.dumps({"nbytes": staged["nbytes"]})
 
     async def _publish(self, call: Call, value: bytes) -> bytes:
@@ -256,12 +331,24 @@ async def _within(event: asyncio.Event, end: float) -> bool:
     return True
 
 
+async def _no_heads(_: str, __: bytes) -> bytes:
+    raise ServiceUnavailableError("this lab follows no feeds now: ask again later")
+
+
 async def _no_group(_: str, __: bytes) -> bytes:
     raise ServiceUnavailableError("this lab has no list of what it has now: ask again later")
 
 
+async def _no_borrower(_: str, __: bytes) -> bytes:
+    raise ServiceUnavailableError("this lab takes no workers now: ask again later")
+
+
 def _nothing_more(_: str, __: str) -> bool:
     return False
+
+
+def _unbounded(*_: object) -> AbstractAsyncContextManager[None]:
+    return nullcontext()
 
 
 async def _no_feed() -> Mapping[str, str]:
@@ -278,16 +365,6 @@ def _asked(value: bytes, kind: type[Asked]) -> Asked:
         return msgspec.json.decode(value or b"{}", type=kind)
     except msgspec.DecodeError as error:
         raise MalformedRequestError(f"the value is not what this method takes: {error}") from None
-
-
-def _parted(value: bytes) -> tuple[int, bytes]:
-    """Of `u32 length | JSON | tensors` the length, and all behind it. Raises: MalformedRequestError."""
-    if len(value) < _Length.size:
-        raise MalformedRequestError("infer: the value is a length of four bytes, JSON of that length, and tensors")
-    (nbytes,) = _Length.unpack_from(value)
-    if not 0 < nbytes <= len(value) - _Length.size:
-        raise MalformedRequestError(f"infer: {nbytes} bytes of JSON were announced, {len(value) - _Length.size} bytes came")
-    return nbytes, value[_Length.size :]
 
 
 def _url_name(ref: ModelRef) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Protocol
 
 import structlog
 
@@ -32,12 +34,16 @@ _MOST = 64
 """Of those that a lookup names: who announces ten thousand inventions costs us these questions and no more."""
 _FRESH = 20.0
 """Seconds for which a lookup is not repeated."""
+_MET, _MISSED = 15.0, 3.0
+"""Seconds for which what one lab says of itself is not looked for again, where it was found and where not."""
 
 
 class Neighbourhood(Protocol):
     """What is needed of the swarm; keys are hex."""
 
     async def announce(self, topic: bytes) -> int: ...
+
+    async def unannounce(self, topic: bytes) -> None: ...
 
     async def lookup(self, topic: bytes) -> list[str]:
         """Who announced it; inventions among them."""
@@ -64,9 +70,17 @@ class Neighbours:
         """`offered`: what the lab has now; blocks. `follows`: whether the user follows this key."""
         self._swarm, self._identity, self._access, self._offered = swarm, identity, access, offered
         self._follows = follows
+        self._region = ""
         self._books: dict[str, PeerBook] = {}
+        self._acquaintances = self._new_book()
+        """Those that people here know, whatever they announce."""
         self._looked: dict[str, float] = {}
+        self._met: dict[str, float] = {}
+        self._meeting: dict[str, asyncio.Task[None]] = {}
+        self._room = asyncio.Semaphore(_AT_ONCE)
         self._seq: int | None = None
+        self._topics: frozenset[bytes] = frozenset()
+        """Under which it may be announced."""
         self._changed = asyncio.Event()
         self._changed.set()
         self._is_away = False
@@ -97,9 +111,15 @@ class Neighbours:
 
     async def _appear(self) -> None:
         offered = await asyncio.to_thread(self._offered)
+        self._region = offered.region
         await self._write(offered, LIFETIME)
-        for publisher in sorted({self._identity.public, *(held.publisher for held in offered.held)}):
-            await self._swarm.announce(topic(publisher))
+        topics = [topic(publisher) for publisher in sorted({self._identity.public, *(held.publisher for held in offered.held)})]
+        before, self._topics = self._topics, self._topics.union(topics)
+        for each in topics:
+            await self._swarm.announce(each)
+        for each in before.difference(topics):
+            await self._swarm.unannounce(each)
+        self._topics = frozenset(topics)
 
     async def _write(self, offered: Capabilities, lifetime: float) -> None:
         if self._seq is None:
@@ -115,9 +135,16 @@ class Neighbours:
         await self._swarm.put_record(record, self._seq)
 
     async def leave(self) -> None:
-        """Say that the lab is gone. Raises: TetherError: it could not be said."""
+        """Say that the lab is gone, everywhere at once: nobody waits long for that. Raises: TetherError: it could not be said."""
+        for task in self._meeting.values():
+            task.cancel()
+        farewells = [self._swarm.unannounce(each) for each in self._topics]
         if self._seq is not None:
-            await self._write(Capabilities(), 0.0)
+            farewells.append(self._write(Capabilities(), 0.0))
+        self._topics = frozenset()
+        for failure in await asyncio.gather(*farewells, return_exceptions=True):
+            if failure is not None:
+                raise failure
 
     # --- finding
 
@@ -135,14 +162,37 @@ class Neighbours:
         said, silent = self._book(publisher).holders(digest, time.time())
         return [record.peer for record in (*said, *silent) if record.peer != self._identity.public]
 
+    async def meet(self, peers: Iterable[str], seconds: float) -> None:
+        """Look for what these labs (keys), which people here know, say of themselves; `seconds`: for those of whom nothing is known yet."""
+        now, said = time.time(), self.said()
+        self._met = {peer: at for peer, at in self._met.items() if now - at < (_MET if peer in said else _MISSED)}
+        self._meeting = {peer: task for peer, task in self._meeting.items() if not task.done()}
+        due = (peer for peer in peers if not (peer in self._met or peer in self._meeting or self._access.is_banned(peer)))
+        for peer in islice(due, _MOST):
+            self._met[peer] = now
+            self._meeting[peer] = asyncio.create_task(self._ask(peer, self._acquaintances, now))
+        unknown = [task for peer, task in self._meeting.items() if peer not in said]
+        if unknown:
+            await asyncio.wait(unknown, timeout=seconds)
+
+    def said(self) -> dict[str, Record]:
+        """What labs (by key) say of themselves, as far as it was found and is good."""
+        now, found = time.time(), dict[str, Record]()
+        for book in (self._acquaintances, *self._books.values()):
+            for record in book.peers(now):
+                if record.peer not in found or found[record.peer].seq < record.seq:
+                    found[record.peer] = record
+        found.pop(self._identity.public, None)
+        return found
+
     def proved(self, peer: str) -> None:
         """It answered."""
-        for book in self._books.values():
+        for book in (self._acquaintances, *self._books.values()):
             book.proved(peer)
 
     def failed(self, peer: str) -> None:
         """It did not."""
-        for book in self._books.values():
+        for book in (self._acquaintances, *self._books.values()):
             book.failed(peer, time.time())
 
     async def _look(self, publisher: str, now: float) -> None:
@@ -150,27 +200,23 @@ class Neighbours:
         found = [peer for peer in await self._swarm.lookup(topic(publisher)) if not self._access.is_banned(peer)]
         known = [peer for peer in found if self._is_friend(peer)]
         chosen = list(dict.fromkeys((publisher, *known, *found)))[:_MOST]
-        room = asyncio.Semaphore(_AT_ONCE)
+        await asyncio.gather(*(self._ask(peer, book, now) for peer in chosen))
 
-        async def ask(peer: str) -> None:
-            async with room:
+    async def _ask(self, peer: str, book: PeerBook, now: float) -> None:
+        """A question that fails is as one that nobody answers."""
+        with contextlib.suppress(TetherError):
+            async with self._room:
                 record = await self._swarm.get_record(peer)
             if record is not None:
                 book.offer(record[0], now, peer)
 
-        await _all(ask(peer) for peer in chosen)
-
     def _book(self, publisher: str) -> PeerBook:
         if publisher not in self._books:
-            self._books[publisher] = PeerBook(os.urandom(16), is_known=self._is_friend, is_banned=self._access.is_banned)
+            self._books[publisher] = self._new_book()
         return self._books[publisher]
+
+    def _new_book(self) -> PeerBook:
+        return PeerBook(os.urandom(16), is_known=self._is_friend, is_banned=self._access.is_banned, region=lambda: self._region)
 
     def _is_friend(self, peer: str) -> bool:
         return bool(self._access.scopes(peer)) or self._follows(peer)
-
-
-async def _all(questions: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Ask; one that fails is as one that nobody answers."""
-    for answer in await asyncio.gather(*questions, return_exceptions=True):
-        if isinstance(answer, BaseException) and not isinstance(answer, TetherError):
-            raise answer

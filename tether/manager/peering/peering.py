@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
 import msgspec
@@ -16,29 +19,37 @@ from tether.errors import (
     BadInputError,
     BadInvitationError,
     ForbiddenError,
+    InternalError,
     NotWriterError,
     RequestError,
     TetherError,
     UnsupportedError,
 )
-from tether.manager.admission import Connected
+from tether.manager.admission import Neighbour
 from tether.manager.asking import Operation
 from tether.manager.membership import Signal
 from tether.manager.operations import Operations
+from tether.manager.peering.acquaintances import acquaintances
 from tether.manager.peering.agreeing import Agreeing
 from tether.manager.peering.agreements import Agreements
 from tether.manager.peering.gateway import Gateway
 from tether.manager.peering.group_view import Asked
-from tether.manager.peering.keeping import Kept, KeptModel
+from tether.manager.peering.keeping import FINAL, Kept, KeptModel
+from tether.manager.peering.lines import Lines
 from tether.manager.peering.members import Members
+from tether.manager.peering.offering import AskMeans, Offering
 from tether.manager.peering.presence import LabSide, Presence
-from tether.manager.peering.reachability import judged
+from tether.manager.peering.reachability import judged, told_off, told_on
+from tether.manager.peering.region import Region
+from tether.manager.peering.staged import StagedShares
 from tether.manager.peering.subscriptions import Subscriptions
-from tether.manager.settings import ManagerSettings
+from tether.manager.settings import ManagerSettings, relay_keys
 from tether.security.addresses import Address, Link
 from tether.swarm.blobs.blobs import PeerBlobs
-from tether.swarm.engine.engine import EngineSettings
-from tether.swarm.node.node import NodeSettings
+from tether.swarm.engine.engine import EngineSettings, check_installed
+from tether.swarm.node.node import ConnectionLimits, NodeSettings
+from tether.swarm.relaying.relay import RelayLimits
+from tether.swarm.rpc.rpc import Incoming, Outgoing
 from tether.types import model_name
 
 __all__ = ["Peering"]
@@ -50,27 +61,61 @@ _REST = 30.0
 """Seconds until a start that failed is tried again by itself."""
 _CONNECT = 25.0
 """Seconds for finding a lab and its first answer."""
+_FOUND = 5.0
+"""Seconds that an invitation waits until the lab can be found: about what a first look round a DHT behind a NAT takes."""
 _READY = 15.0
 """Seconds for the first look round the DHT."""
 _MOST_WAIT = 60.0
+_GLANCE = 1.5
+"""Seconds for which who lists the peers waits for what they say of themselves."""
 
 
 class Peering:
     """Of one manager. Belongs to its event loop, which is the main thread's."""
 
-    NAMES: ClassVar[tuple[str, ...]] = ("join", "replicate", "replications", "release", "reachability")
+    NAMES: ClassVar[tuple[str, ...]] = ("join", "replicate", "replications", "release", "reachability", "swarm", "contacts")
 
-    def __init__(self, operations: Operations, asking: Mapping[str, Operation], settings: ManagerSettings, signal: Signal) -> None:
-        """`asking`: the manager's operations, acknowledged as for any other caller. `signal`: fired when the catalog may be another one."""
+    def __init__(
+        self,
+        operations: Operations,
+        asking: Mapping[str, Operation],
+        settings: ManagerSettings,
+        signal: Signal,
+        means: AskMeans | None = None,
+    ) -> None:
+        """`asking`: the manager's operations, acknowledged as for any other caller. `signal`: fired when the catalog may be another one.
+
+        `means`: what the workers of its cluster have to work with. Raises: ConfigError: the region; StoreError: a file can't be read.
+        """
         self._operations, self._asking, self._settings, self._signal = operations, asking, settings, signal
         self._may_serve: Callable[[], bool] = _not_yet
         self._gateway = Gateway(settings.gateway, _api_key(settings))
         self._subscriptions = Subscriptions(settings.data.root / "subscriptions.json")
-        self._agreements, members = Agreements(settings.data.root / "copies.json"), Members(operations.access)
+        self.lines = lines = Lines(operations, settings.data)
+        self.lines.on_need(self._present)
+        self._region, members = Region(settings.data.root / "region", settings.region), Members(operations.access, lines.loans)
+        self._agreements = Agreements(settings.data.root / "copies.json", lambda: self._region.name)
+        offering = Offering(operations.repository, self._gateway, self._region, means)
         self._lab = LabSide(
-            settings.data, operations, self._ask, self._gateway, self._subscriptions, self._agreements, members, signal.fire
+            settings.data,
+            operations,
+            self._ask,
+            self._gateway,
+            self._subscriptions,
+            self._agreements,
+            members,
+            offering,
+            lines,
+            StagedShares(operations.repository, settings.data.run / "staged.log", settings.max_staged_nbytes),
+            signal.fire,
         )
         self._presence: Presence | None = None
+        self._called = set[str]()
+        """Labs (keys) to which somebody here connected."""
+        self._since = 0.0
+        """Unix time at which it began."""
+        self._problem: TetherError | None = None
+        """Why it could not begin when that was tried last."""
         self._agreeing = Agreeing(operations, self._agreements, lambda: None if self._presence is None else self._presence.copying)
         self._agreeing.may_hold, self._agreeing.ended = self._may_hold, self._ended
         self._beginning = asyncio.Lock()
@@ -82,14 +127,22 @@ class Peering:
         """Whether this process is to be replaced by a new one, as far as it can tell."""
         self.replace: Callable[[], None] = _nothing
         """Called once, when it is heavy."""
-        operations.admission.connections = self.connected
+        admission = operations.admission
+        admission.neighbourhood, admission.check_reachable, admission.be_found = self.neighbours, self.check_possible, self._be_found
 
     async def _ask(self, operation: str, **arguments: Any) -> Any:
         return await self._asking[operation](**arguments)
 
     def handlers(self) -> dict[str, Operation]:
         """What people ask of it, by name."""
-        return {name: getattr(self, name) for name in self.NAMES} | self._agreeing.handlers()
+        return {name: getattr(self, name) for name in self.NAMES} | self._agreeing.handlers() | self.lines.handlers()
+
+    def read_again(self) -> None:
+        """The files of what is kept and agreed are others than before: those of the manager that writes. Any thread. Raises: StoreError."""
+        self._region.read_again()
+        self._subscriptions.read_again()
+        self._agreements.read_again()
+        self.lines.read_again()
 
     # --- when to be there
 
@@ -103,10 +156,10 @@ class Peering:
                     await self._look()
                 except TetherError as error:
                     log.warning("not on the swarm: other labs can't reach this one", error=str(error), code=error.code)
-                    pause = _REST
-                except Exception:  # a bug of ours must not keep the lab away for good
+                    self._problem, pause = error, _REST
+                except Exception as error:  # a bug of ours must not keep the lab away for good
                     log.exception("not on the swarm: other labs can't reach this one")
-                    pause = _REST
+                    self._problem, pause = InternalError(f"{type(error).__name__}: the manager's log has the traceback"), _REST
                 await self._signal.within(event, pause)
         finally:
             await self._leave()
@@ -127,7 +180,7 @@ class Peering:
 
     def _is_wanted(self) -> bool:
         """Somebody may come, or we are to keep what somebody has."""
-        if self._subscriptions.all() or self._agreements.holdings:
+        if self._subscriptions.all() or self._agreements.holdings or self.lines.lends:
             return True
         access = self._operations.access
         commits = access.file.commits
@@ -148,16 +201,33 @@ class Peering:
             raise NotWriterError("this manager follows another one of its lab, which speaks with other labs: call that one")
         async with self._beginning:
             if self._presence is None:
-                if not self._settings.swarm:
-                    raise UnsupportedError("this lab speaks with no other lab (--no-swarm): start it without that option")
+                self.check_possible()
                 self._presence = await Presence.begin(self._lab, self._node_settings())
+                self._since, self._problem = time.time(), None
                 self._weigh_at = asyncio.get_running_loop().time() + self._settings.weighing
                 log.info("on the swarm", address=str(Address(self._operations.public)))
             return self._presence
 
+    def check_possible(self) -> None:
+        """Whether this process could be on the swarm. Raises: UnsupportedError: it was started without; MissingDependencyError."""
+        if not self._settings.swarm:
+            raise UnsupportedError(
+                "this lab speaks with no other lab: it was started with --no-swarm (swarm=False): end it, and start it without that"
+            )
+        check_installed()
+
+    async def _be_found(self) -> None:
+        """Come on the swarm, and wait until others can find this lab there; for some seconds, since there may be no network."""
+        with contextlib.suppress(TetherError, TimeoutError):  # `run` tries again, and says why it could not
+            async with asyncio.timeout(_FOUND):
+                await (await self._present()).node.ready()
+
     def _node_settings(self) -> NodeSettings:
-        engine = EngineSettings(bootstrap=bootstrap_nodes(self._settings.bootstrap))
-        return NodeSettings(engine=engine, max_weight_nbytes=self._settings.max_weight_nbytes)
+        settings = self._settings
+        relays = tuple(map(bytes.fromhex, relay_keys(settings.relay_through)))
+        engine = EngineSettings(bootstrap=bootstrap_nodes(settings.bootstrap), relays=relays)
+        limits = ConnectionLimits(relaying=RelayLimits() if settings.relay else None)
+        return NodeSettings(engine=engine, limits=limits, max_weight_nbytes=settings.max_weight_nbytes)
 
     def _weigh(self, presence: Presence) -> None:
         """Now and then. The engine's JavaScript leaks a little, so a manager that has become too heavy makes room for a new one."""
@@ -183,12 +253,17 @@ class Peering:
                 await presence.aclose()
                 await self._gateway.aclose()
 
-    def connected(self) -> list[Connected]:
-        """Those with whom this lab is connected now."""
-        if self._presence is None:
+    async def neighbours(self, known: Collection[str]) -> list[Neighbour]:
+        """Those that are connected, and what labs say of themselves: `known` ones, and some that hold models that are looked for here."""
+        presence = self._presence
+        if presence is None:
             return []
-        found = {each.peer: Connected(each.peer, each.route, each.round_trip or None, None) for each in self._presence.node.connections()}
-        return list(found.values())
+        known = {*known, *self._called, *(each.publisher for each in self._subscriptions.all())}
+        await presence.neighbours.meet(known, _GLANCE)
+        return acquaintances(known, presence.node.connections(), presence.neighbours.said(), self._is_met)
+
+    def _is_met(self, peer: str) -> bool:
+        return peer in self._called or self._lab.follows(peer) or self._lab.members.knows(peer)
 
     # --- other labs
 
@@ -213,6 +288,7 @@ class Peering:
             raise ForbiddenError(
                 f"the lab does not let this one in: ask it for an invitation, or for `tether allow {own} --scope …`"
             ) from error
+        self._called.add(peer)
         return {"publisher": peer, "scopes": orjson.loads(answer).get("scopes")}
 
     async def join(self, url: str) -> dict[str, Any]:
@@ -223,20 +299,50 @@ class Peering:
         """Call a method of a lab, by its bare name. Raises: as `Node.request`."""
         return await (await self._present()).node.request(peer, method, value, timeout)
 
+    @asynccontextmanager
+    async def exchange(self, peer: str, method: str, value: bytes | Outgoing, timeout: float | None) -> AsyncIterator[Incoming]:  # noqa: ASYNC109 (as above)
+        """As `Node.exchange`."""
+        async with (await self._present()).node.exchange(peer, method, value, timeout) as answer:
+            yield answer
+
     async def blobs(self, peer: str) -> PeerBlobs:
         """What a lab gives. Raises: as `Node.blobs`."""
         return await (await self._present()).node.blobs(peer)
 
     async def reachability(self) -> dict[str, Any]:
         """Whether other labs can reach this one: `{"state": "ok" | "note" | "fail", "detail", "address"}`. It is on the swarm then."""
-        node = (await self._present()).node
+        presence = await self._present()
+        node = presence.node
         try:
             async with asyncio.timeout(_READY):
                 await node.ready()
         except (TimeoutError, TetherError) as error:
             log.info("the swarm is not ready", error=str(error))
-        state, detail = judged(await node.status())
+        state, detail = judged(await node.status(), presence.relaying.aid)
         return {"state": state, "detail": detail, "address": str(Address(self._operations.public))}
+
+    async def swarm(self) -> dict[str, Any]:
+        """Whether this lab is on the swarm, as the port says. Nothing is begun for it."""
+        address, presence = str(Address(self._operations.public)), self._presence
+        if presence is None:
+            return told_off(address, await asyncio.to_thread(self._why_not))
+        peers = len({each.peer for each in presence.node.connections()})
+        found = judged(await presence.node.status(), presence.relaying.aid)
+        return told_on(address, self._since, peers, found, time.time())
+
+    async def contacts(self) -> dict[str, Any]:
+        """As the port says. Nothing is begun for it."""
+        peers = await asyncio.to_thread(self._operations.access.peers)
+        connected = [] if self._presence is None else {each.peer for each in self._presence.node.connections()}
+        return {"admitted": [peer.key for peer in peers if peer.scopes], "connected": sorted(connected)}
+
+    def _why_not(self) -> TetherError | None:
+        """None: there was no reason to be there."""
+        try:
+            self.check_possible()
+        except TetherError as error:
+            return error
+        return self._problem if self._may_serve() else NotWriterError("another manager of this lab speaks with other labs")
 
     # --- keeping what they have
 
@@ -257,10 +363,14 @@ class Peering:
         before = self._subscriptions.of(key)
         is_new = before is None or name not in before.models
         kept = presence.keep(await asyncio.to_thread(self._subscriptions.add, key, name, other))
+        if is_new or isinstance(kept.model(name).error, FINAL):
+            kept.try_again(name)
+        await asyncio.to_thread(self._operations.repository.touch)  # so that followers in step have it soon
         state = await _settled(kept, name, min(wait, _MOST_WAIT))
-        if is_new and isinstance(state.error, RequestError):
-            await self.release(key, name)
-            raise state.error
+        error = state.error
+        if is_new and isinstance(error, RequestError):
+            await self.release(key, name)  # which forgets why, too
+            raise error
         return _row(key, name, state)
 
     async def replications(self) -> list[dict[str, Any]]:
@@ -276,6 +386,7 @@ class Peering:
         """Keep it no longer up to date; what is here stays."""
         key = await asyncio.to_thread(self._operations.admission.key_of, publisher)
         await asyncio.to_thread(self._subscriptions.remove, key, model)
+        await asyncio.to_thread(self._operations.repository.touch)
         left = self._subscriptions.of(key)
         if self._presence is not None:
             if left is None:
@@ -306,7 +417,7 @@ async def _settled(kept: Kept, name: str, seconds: float) -> KeptModel:
     while True:
         state = kept.model(name)
         left = end - asyncio.get_running_loop().time()
-        if state.is_done or isinstance(state.error, RequestError) or left <= 0:
+        if state.is_done or isinstance(state.error, FINAL) or left <= 0:
             return state
         await kept.moved(min(left, _LOOK))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import orjson
@@ -17,21 +17,26 @@ from tether.manager.operations import Operations
 from tether.manager.peering.agreements import Agreements
 from tether.manager.peering.copying import Copying, CopyingSide, agreed, readers_of
 from tether.manager.peering.feed_content import content_of
-from tether.manager.peering.feeds import Following, News, OwnFeed
+from tether.manager.peering.feeds import FollowedFeed, Following, News, OwnFeed
 from tether.manager.peering.gateway import Gateway
+from tether.manager.peering.handing_on import HandingOn, HandingOnSide
 from tether.manager.peering.keeping import Kept, Surroundings
+from tether.manager.peering.lines import Lines
 from tether.manager.peering.members import Members
 from tether.manager.peering.methods import Ask, Methods
 from tether.manager.peering.neighbours import Neighbours
+from tether.manager.peering.offering import Offering
 from tether.manager.peering.pulling import Pulling, PullOptions, Rim
+from tether.manager.peering.relaying import Relaying
 from tether.manager.peering.shelf import RepositoryShelf
+from tether.manager.peering.staged import StagedShares
 from tether.manager.peering.subscriptions import Subscription, Subscriptions
+from tether.swarm.blobs.blobs import PeerBlobs
 from tether.swarm.engine.engine import Engine
 from tether.swarm.feeds.entries import Content
 from tether.swarm.feeds.state import FeedStates
 from tether.swarm.node.node import Node, NodeSettings, Standing
-from tether.swarm.records.records import Capabilities, Held
-from tether.types import ModelRef
+from tether.swarm.records.records import Capabilities
 
 __all__ = ["LabSide", "Presence"]
 
@@ -55,6 +60,9 @@ class LabSide:
     subscriptions: Subscriptions
     agreements: Agreements
     members: Members
+    offering: Offering
+    lines: Lines
+    staged: StagedShares
     changed: Callable[[], None]
     """To be called when the catalog was changed by what came from others."""
 
@@ -70,20 +78,19 @@ class LabSide:
             return Standing.BANNED
         return Standing.KNOWN if access.scopes(peer) or self.follows(peer) or self.members.knows(peer) else Standing.UNKNOWN
 
-    def offered(self) -> Capabilities:
-        """What it has. Blocks."""
-        held = tuple(
-            Held(model.publisher, ModelRef.parse(model.name).name, version.version, version.digest, version.nbytes, loaded=False)
-            for model in self.operations.repository.models()
-            for version in model.versions
-        )
-        return Capabilities(held=held, serves=self.gateway.is_there)
+    def acquaintances(self) -> set[str]:
+        """Keys that its people let in, gave a name, or follow. Blocks."""
+        let_in = {peer.key for peer in self.operations.access.peers() if peer.scopes}
+        followed = {key for each in self.subscriptions.all() for key in (each.publisher, *each.via)}
+        held = {each.publisher for each in self.agreements.holdings}
+        return (let_in | followed | held | self.operations.repository.publishers().keys()) - {self.operations.public}
 
 
 class Presence:
     """Use `begin`. Belongs to the main thread's loop: PythonMonkey must run there."""
 
-    def __init__(self, lab: LabSide, node: Node, methods: Methods, shelf: RepositoryShelf) -> None:
+    def __init__(self, lab: LabSide, node: Node, methods: Methods, shelf: RepositoryShelf, relays: tuple[str, ...]) -> None:
+        """`relays`: those that a person chose, of which the node knows."""
         self._lab, self.node, self._methods, self._shelf = lab, node, methods, shelf
         operations, feeds = lab.operations, lab.data.root / "feeds"
         self._states = FeedStates(feeds / "states")
@@ -93,21 +100,28 @@ class Presence:
         self.own_feed.more = lambda content: agreed(content, lab.agreements, readers_of(operations.access))
         methods.feed = self.own_feed.answer
         methods.on_admitted = node.welcome
-        self.neighbours = Neighbours(node, operations.identity, operations.access, lab.offered, lab.follows)
+        self.neighbours = Neighbours(node, operations.identity, operations.access, self._offered, lab.follows)
+        self.relaying = Relaying(node, self.neighbours, lab.acquaintances, relays)
         rim = Rim(shelf.arriving, lambda digest, places: node.have(digest, tuple(places)), self._lied)
-        self._pulling = Pulling(operations.repository, node.blobs, lab.data.run / "pulling", PullOptions(operations.public, rim=rim))
+        self._pulling = Pulling(operations.repository, self._unchecked, lab.data.run / "pulling", PullOptions(operations.public, rim=rim))
         node.on_have.append(self._pulling.gained)
         node.on_back.append(self._back)
         self._kept: dict[str, Kept] = {}
         self._doing: set[asyncio.Task[None]] = set()
         self._unlisten = operations.access.listen(_on_loop(self._less))
         self.copying = Copying(self._copying_side())
-        methods.have = self.copying.have
-        methods.opens = lab.members.opens
-        self._tasks = [asyncio.create_task(self.neighbours.run(), name="neighbours")]
+        handing_on = HandingOn(self._handing_on_side())
+        methods.heads = handing_on.answer
+        methods.have, methods.claimed = self.copying.have, lab.staged.claimed
+        methods.opens, methods.may = lab.members.opens, lab.members.may
+        lab.lines.begin(node, methods, self._pulling, lab.changed)
+        self._tasks = [asyncio.create_task(self._appear(), name="neighbours")]
+        self._tasks.append(asyncio.create_task(self.relaying.run(self.neighbours.changed), name="relaying"))
+        self._tasks.append(asyncio.create_task(lab.offering.run(self.neighbours.changed), name="offering"))
         for subscription in lab.subscriptions.all():
             self.keep(subscription)
         self._tasks.append(asyncio.create_task(self.copying.run(), name="copying"))
+        self._tasks.append(asyncio.create_task(handing_on.run(), name="handing-on"))
 
     @classmethod
     async def begin(cls, lab: LabSide, settings: NodeSettings) -> Self:
@@ -120,7 +134,7 @@ class Presence:
         except BaseException:
             shelf.close()
             raise
-        return cls(lab, node, methods, shelf)
+        return cls(lab, node, methods, shelf, tuple(relay.hex() for relay in settings.engine.relays))
 
     async def retire(self, grace: float) -> None:
         """Before `aclose`: what peers ask is not begun any more, what runs ends within `grace` seconds."""
@@ -130,6 +144,7 @@ class Presence:
     async def aclose(self) -> None:
         """Take leave and close everything."""
         self._unlisten()
+        await self._lab.lines.aclose()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._doing, return_exceptions=True)
@@ -146,6 +161,9 @@ class Presence:
         """The catalog is another one."""
         self._methods.changed()
         self.neighbours.changed()
+        self.relaying.changed()
+        for kept in self._kept.values():
+            kept.trust_changed()
         self._do(asyncio.create_task(self.own_feed.changed()))
 
     def keep(self, subscription: Subscription) -> Kept:
@@ -182,9 +200,15 @@ class Presence:
 
     # --- what happens
 
+    async def _appear(self) -> None:
+        # The first record is to say all: who found one looks for no other soon.
+        await asyncio.gather(self._lab.offering.look(), self.relaying.knows_itself())
+        await self.neighbours.run()
+
     def _less(self, peer: str) -> None:
         """It may do less than before."""
         self.node.cut(peer)
+        self._lab.lines.less(peer)
         self._do(asyncio.create_task(self.own_feed.cut(peer)))
 
     def _lied(self, peer: str, error: TetherError) -> None:
@@ -206,12 +230,28 @@ class Presence:
 
     # --- what is needed of the node
 
+    def _offered(self) -> Capabilities:
+        return replace(self._lab.offering.offered(), relays=self.relaying.is_of_use)
+
+    async def _unchecked(self, peer: str) -> PeerBlobs:
+        """What it gives, for `Pulling`: the store hashes what it stages, and who gave other bytes is banned."""
+        return (await self.node.blobs(peer)).unchecked()
+
     async def _engine(self) -> Engine:
         return self.node.engine
 
     async def _asked(self, peer: str, method: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
         answer: Mapping[str, Any] = orjson.loads(await self.node.request(peer, method, orjson.dumps(value), _ANSWER))
         return answer
+
+    def _handing_on_side(self) -> HandingOnSide:
+        def feeds() -> dict[str, FollowedFeed]:
+            return {publisher: kept.feed for publisher, kept in self._kept.items()}
+
+        async def ask(peer: str, value: bytes) -> bytes:
+            return await self.node.request(peer, "heads", value, _ANSWER)
+
+        return HandingOnSide(feeds, lambda: {each.peer for each in self.node.connections()}, ask)
 
     def _copying_side(self) -> CopyingSide:
         lab, operations = self._lab, self._lab.operations

@@ -24,6 +24,7 @@ from tether.manager.peering.feed_content import states_of, wanted
 from tether.manager.peering.finding import Finder
 from tether.manager.peering.jobs import Job, OnProgress, Told
 from tether.manager.peering.looking import check_trust, look
+from tether.manager.peering.refusals import Refusals
 from tether.manager.peering.sources import Sources
 from tether.ports import SignedManifest
 from tether.store import Manifest, Repository, VersionRecord, decode
@@ -96,6 +97,7 @@ class Pulling:
         self._threads = ThreadPoolExecutor(4, "pull")
         self._jobs: dict[tuple[str, str], Job] = {}
         self._downloads: dict[Digest, Download] = {}
+        self._refusals = Refusals()
 
     def close(self) -> None:
         """End the threads. Pulls that go on are their callers' to cancel, before."""
@@ -112,6 +114,10 @@ class Pulling:
         if download is not None:
             download.gained(peer, indices)
 
+    def forgive(self, publisher: str, name: str | None = None) -> None:
+        """Try again what was refused of a model, by its publisher's name for it; None: of all its models."""
+        self._refusals.forget(publisher, name)
+
     async def pull(self, wish: Wish, peers: Sequence[str], on_progress: OnProgress | None = None) -> tuple[VersionRecord, ...]:
         """Bring here what is wished for, from the peers (keys) that have it; gives the versions, as they are called here.
 
@@ -120,7 +126,8 @@ class Pulling:
 
         Raises: UntrustedCodeError; ChunkMissingError, ServiceUnavailableError: what is missing can't be had now; ForbiddenError: no peer
         allows it; BadModelError and its kin: it was looked at, and refused; MalformedFeedError, MalformedManifestError, ConflictError: the
-        publisher contradicts itself; NoSpaceError, StoreError. The first of several; the others are in the log.
+        publisher contradicts itself; NoSpaceError, StoreError. The first of several; the others are in the log. What was refused is so at
+        once when it is asked for again, until its publisher is trusted otherwise, or `forgive`.
         """
         room = asyncio.Semaphore(_AT_ONCE)
 
@@ -186,6 +193,16 @@ class Pulling:
 
     async def _version(self, task: _Task) -> bytes:
         """Bring it here, whole and looked at, and give its signature; what it is called is said afterwards."""
+        digest, nbytes = task.version.digest, task.version.nbytes
+        trusted = await self._in_thread(self._repository.trusted, task.publisher, "code")
+        self._refusals.check(digest, nbytes, trusted=trusted)
+        try:
+            return await self._brought(task)
+        except TetherError as error:
+            self._refusals.note((task.publisher, task.name), digest, nbytes, error, trusted=trusted)
+            raise
+
+    async def _brought(self, task: _Task) -> bytes:
         digest, nbytes = task.version.digest, task.version.nbytes
         finder = Finder(self._connect, task.liar(self._options.rim), self._options.rules.give_up)
         signed = await finder.find(digest, task.publisher, task.honest())

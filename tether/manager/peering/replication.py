@@ -78,6 +78,12 @@ class Copies:
     """Keys of labs that have begun to fetch it: another choice now would move what is under way."""
     refusing: AbstractSet[str] = frozenset()
     """Keys of labs that can't take it: it goes elsewhere."""
+    fixed: AbstractSet[str] = frozenset()
+    """Keys of labs that never drop it: its publisher."""
+
+    def rank(self, peer: str) -> tuple[bool, bool, bool, bytes]:
+        """Of two labs that have it, or begun, the lower one keeps it."""
+        return peer not in self.policy.pin, peer not in self.fixed, peer not in self.held, _lot(self.model, peer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ class Plan:
     fetch: tuple[Copy, ...]
     """What is missing, rarest first: of what has fewest copies the next loss would be the last."""
     surplus: tuple[tuple[str, str], ...]
-    """Model and lab that need not hold it any more: to be dropped after a while, by itself, if it still is one too many then."""
+    """Model and lab that need not hold it any more. `leaving` says when it may drop it."""
     short: dict[str, str]
     """Model → why it has fewer copies than its policy asks for, for people."""
 
@@ -138,10 +144,10 @@ class _Planning:
         return sorted(copies.held & self._sites.keys())
 
     def keep(self, copies: Copies) -> None:
-        """Of the copies that are there, or coming, as many as are wanted: pinned ones, whole ones, then by lot."""
+        """Of the copies that are there, or coming, as many as are wanted: pinned ones, those that stay anyway, whole ones, then by lot."""
         wanted = copies.policy.wanted(copies.nbytes)
         there = [peer for peer in (copies.held | (copies.coming - copies.refusing)) & self._sites.keys() if self._fits(copies, peer)]
-        ranked = sorted(there, key=lambda peer: (peer not in copies.policy.pin, peer not in copies.held, _lot(copies.model, peer)))
+        ranked = sorted(there, key=copies.rank)
         pinned = sum(peer in copies.policy.pin for peer in ranked)
         self._holders[copies.model] = ranked[: max(wanted, pinned)]
 

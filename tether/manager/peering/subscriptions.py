@@ -39,6 +39,11 @@ class Subscriptions:
         self._path, self._lock = path, threading.Lock()
         self._known = {each.publisher: each for each in self._read()}
 
+    def read_again(self) -> None:
+        """The file is another one than before. Raises: StoreError."""
+        with self._lock:
+            self._known = {each.publisher: each for each in self._read()}
+
     def all(self) -> tuple[Subscription, ...]:
         return tuple(sorted(self._known.values()))
 

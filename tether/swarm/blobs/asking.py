@@ -48,6 +48,8 @@ class _Asked:
     kind: Kind
     digest: Digest
     future: asyncio.Future[bytes | None]
+    is_checked: bool = True
+    """Whether the bytes are compared with the digest here."""
     body: Body | None = None
 
 
@@ -71,8 +73,8 @@ class Asking:
     def __len__(self) -> int:
         return len(self._asked)
 
-    async def ask(self, kind: Kind, digest: Digest) -> bytes | None:
-        """The verified bytes; None: the peer does not have them. Cancelled, the peer is told.
+    async def ask(self, kind: Kind, digest: Digest, *, check: bool = True) -> bytes | None:
+        """The verified bytes, or as they came without `check`; None: the peer does not have them. Cancelled, the peer is told.
 
         Raises: ServiceUnavailableError: the connection is gone; ProtocolError: the peer was cut; what else it answers with.
         """
@@ -82,7 +84,7 @@ class Asking:
         ask_id = self._next_id()
         frame = encode_ask(ask_id, kind, digest)
         future: asyncio.Future[bytes | None] = self._link.loop.create_future()
-        asked = self._asked[ask_id] = _Asked(kind, digest, future)
+        asked = self._asked[ask_id] = _Asked(kind, digest, future, check)
         self._link.send(frame)
         self._watch()
         try:
@@ -208,7 +210,8 @@ class Asking:
         if not asked.body.add(data):
             return
         if not asked.future.done():
-            asked.future.set_result(_verified(asked.kind, asked.digest, asked.body.take()))
+            whole = asked.body.take()
+            asked.future.set_result(_verified(asked.kind, asked.digest, whole) if asked.is_checked else whole)
         self._end(ask_id)
 
     def _watch(self) -> None:

@@ -95,9 +95,12 @@ class BlobConnection:
         """The peer as a source of blobs, to be used on any loop."""
         return PeerBlobs(self, name or f"peer {self.peer[:8]}…")
 
-    async def blob(self, digest: Digest) -> bytes | None:
-        """The verified bytes; None: the peer lacks them. Raises: UnavailableError, RemoteError; ForbiddenError: we may not have it."""
-        return await self._asking.ask(Kind.BLOB, digest)
+    async def blob(self, digest: Digest, *, check: bool = True) -> bytes | None:
+        """The verified bytes, or as they came without `check`; None: the peer lacks them.
+
+        Raises: UnavailableError, RemoteError; ForbiddenError: we may not have it.
+        """
+        return await self._asking.ask(Kind.BLOB, digest, check=check)
 
     async def manifest(self, digest: Digest) -> SignedManifest | None:
         """The version whose manifest has the digest; its signature is not checked here. Raises: as `blob`."""
@@ -186,16 +189,21 @@ class BlobConnection:
 class PeerBlobs:
     """`ports.BlobSource` over a connection, which stays the caller's to close. Its calls may come from any loop."""
 
-    def __init__(self, connection: BlobConnection, name: str) -> None:
+    def __init__(self, connection: BlobConnection, name: str, *, check: bool = True) -> None:
         self.name = name
         self.in_flight = connection.in_flight
+        self._check = check
         self._connection = connection
         self._loop = asyncio.get_running_loop()
 
+    def unchecked(self) -> PeerBlobs:
+        """The same, for who hashes what it gets and answers for what it does with liars: here it would be done twice, on the loop."""
+        return PeerBlobs(self._connection, self.name, check=False)
+
     async def fetch(self, digest: Digest, nbytes: int) -> bytes | None:
-        """As the port says; the bytes have the digest. Raises: ForbiddenError besides."""
+        """As the port says; the bytes have the digest, unless `unchecked`. Raises: ForbiddenError besides."""
         del nbytes
-        return await self._here(self._connection.blob(digest))
+        return await self._here(self._connection.blob(digest, check=self._check))
 
     async def manifest(self, digest: Digest) -> SignedManifest | None:
         """As the port says; the bytes have the digest. Raises: ForbiddenError besides."""

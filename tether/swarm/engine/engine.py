@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from tether.errors import (
 from tether.swarm.engine.host import Firewall, Functions, Host, OnConnection
 from tether.swarm.engine.secure import SecureStream, StreamLimits
 
-__all__ = ["Engine", "EngineSettings", "FoundPeer", "MutableRecord", "NodeStatus", "hex_key"]
+__all__ = ["Engine", "EngineSettings", "FoundPeer", "MutableRecord", "NodeStatus", "check_installed", "hex_key"]
 
 _BUNDLE = Path(__file__).parents[1] / "js" / "bundle.js"
 _KEY_NBYTES = 32
@@ -37,6 +38,12 @@ _CONNECT = 20.0
 """Seconds for finding a peer and punching a hole: hyperdht gives up a round of punching after ten."""
 _GOODBYE = 5.0
 """Seconds for taking back announcements; then the sockets are closed without it."""
+
+_NO_BUNDLE = (
+    "The swarm's JavaScript was not built when Tether was installed (npm's registry was out of reach). Install Tether again with a "
+    "network, or run `python hatch_build.py` in its checkout. Everything but the swarm works."
+)
+_NO_MONKEY = "The swarm needs PythonMonkey: pip install 'tether[swarm]'. Everything but the swarm works."
 
 _host: Host | None = None
 _owner: tuple[int, int] | None = None
@@ -56,8 +63,8 @@ class EngineSettings:
     """Whether it stays out of others' routing tables; None: until it has proved reachable for a while."""
     firewalled: bool | None = None
     """Whether it is taken to be behind a firewall; None: found out."""
-    relay_through: bytes | None = None
-    """Public key of a blind relay, for peers that no hole can be punched to."""
+    relays: Sequence[bytes] = ()
+    """Public keys of blind relays, for peers that no hole can be punched to; `Engine.relay_through` changes them."""
     limits: StreamLimits = field(default_factory=StreamLimits)
 
 
@@ -134,6 +141,7 @@ class Engine:
                 port=settings.port,
                 ephemeral=settings.ephemeral,
                 firewalled=settings.firewalled,
+                relays=_relays(settings.relays),
             )
             engine = cls(host, made["node"], bytes.fromhex(made["publicKey"]), settings)
             host.add(made["node"], engine)
@@ -194,7 +202,7 @@ class Engine:
 
         `on_connection` gets each stream in the turn in which it exists; `firewall` may refuse a key before.
         """
-        made = await self.call("listen", relayThrough=hex_key(self._settings.relay_through, "relay's key"))
+        made = await self.call("listen")
         self._servers.append(made["server"])
         self._host.listen(made["server"], on_connection, firewall or _admit)
         await self.call("announced", server=made["server"])
@@ -215,9 +223,7 @@ class Engine:
         key = _key(public_key, "public key")
         self._check()
         bridge = self._host.bridge
-        call, answer = bridge.start(
-            "connect", {"node": self._number, "publicKey": key, "relayThrough": hex_key(self._settings.relay_through, "relay's key")}
-        )
+        call, answer = bridge.start("connect", {"node": self._number, "publicKey": key})
         try:
             async with asyncio.timeout(timeout):
                 found = await self._or_destroyed(answer)
@@ -237,6 +243,13 @@ class Engine:
         if stream is None:
             raise PeerUnreachableError(f"The stream to {key[:12]}… was closed as it opened; try again.", "ECONNRESET")
         return stream
+
+    async def relay_through(self, relays: Sequence[bytes]) -> None:
+        """Of these blind relays (public keys) each stream from now on may use one, until a direct way is found, whichever side opens it.
+
+        The relay has to admit both ends. One that is the peer itself is left out. Raises: BadKeyError.
+        """
+        await self.call("relayThrough", relays=_relays(relays))
 
     async def _check_network(self) -> None:
         """Raises: PeerUnreachableError: there is none, so that nothing is known of any peer."""
@@ -410,14 +423,19 @@ def _evaluate(functions: Functions) -> tuple[Mapping[str, Callable[[], None]], l
     return {name: entries[name] for name in names}, str(javascript.tetherMethods).split()
 
 
+def check_installed() -> None:
+    """Whether an engine could start here; nothing is loaded for it. Raises: MissingDependencyError."""
+    if not _BUNDLE.is_file():
+        raise MissingDependencyError(_NO_BUNDLE)
+    if find_spec("pythonmonkey") is None:
+        raise MissingDependencyError(_NO_MONKEY)
+
+
 def _read_bundle() -> str:
     try:
         return _BUNDLE.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise MissingDependencyError(
-            "The swarm's JavaScript was not built when Tether was installed (npm's registry was out of reach). Install Tether again with a "
-            "network, or run `python hatch_build.py` in its checkout. Everything but the swarm works."
-        ) from None
+        raise MissingDependencyError(_NO_BUNDLE) from None
 
 
 def _import_pythonmonkey() -> Any:
@@ -426,7 +444,7 @@ def _import_pythonmonkey() -> Any:
     try:
         import pythonmonkey  # loads SpiderMonkey: 40 MB, a second
     except ImportError as error:
-        raise MissingDependencyError(f"The swarm needs PythonMonkey: pip install 'tether[swarm]' ({error}).") from error
+        raise MissingDependencyError(f"{_NO_MONKEY} ({error})") from error
     return pythonmonkey
 
 
@@ -447,6 +465,10 @@ def _key(value: bytes, name: str) -> str:
 def hex_key(value: bytes | None, name: str) -> str | None:
     """As the bundle takes it. Raises: BadKeyError: not 32 bytes."""
     return None if value is None else _key(value, name)
+
+
+def _relays(keys: Sequence[bytes]) -> list[str]:
+    return [_key(key, "relay's key") for key in keys]
 
 
 def _check_record(value: bytes) -> None:

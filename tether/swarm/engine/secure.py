@@ -14,25 +14,18 @@ import asyncio
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
-
-from nacl import _sodium
+from typing import Literal, Protocol
 
 from tether.errors import PayloadTooLargeError, ProtocolError, QueueFullError, StreamLostError, TetherError
+from tether.swarm.engine.secretstream import HEADER_NBYTES, SEAL_NBYTES, Opener, Sealer
 
 __all__ = ["Carrier", "Keys", "Route", "SecureStream", "StreamLimits"]
 
-_ffi: Any = _sodium.ffi
-_lib: Any = _sodium.lib
-_push = _lib.crypto_secretstream_xchacha20poly1305_push
-_pull = _lib.crypto_secretstream_xchacha20poly1305_pull
-_STATE = 52
 _LENGTH = 3
 _ID = 32
-_HEADER = _ID + 24
-_SEAL = 17
+_HEADER = _ID + HEADER_NBYTES
 _MAX_FRAME = (1 << 24) - 1
-MAX_MESSAGE = _MAX_FRAME - _SEAL
+MAX_MESSAGE = _MAX_FRAME - SEAL_NBYTES
 """Bytes: what three bytes of length leave for a message."""
 _HEAD = _HEADER.to_bytes(_LENGTH, "little")
 
@@ -49,7 +42,7 @@ class Carrier(Protocol):
     @property
     def pulse(self) -> tuple[int, bool]: ...
     def poke(self) -> None: ...
-    def write(self, data: bytearray, /, *, owned: bool) -> bool: ...
+    def write(self, data: bytes | bytearray | memoryview, /, *, owned: bool) -> bool: ...
     def write_end(self) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -95,15 +88,12 @@ class SecureStream:
         self._gone = False  # the carrier is closed; messages that came may still be waiting for somebody who takes them
         self._closed = False
         self._failed: TetherError | None = None
-        self._sending = bytearray(_STATE)
-        self._sending_at = _ffi.from_buffer(self._sending)
-        self._receiving = bytearray(_STATE)
-        self._receiving_at = _ffi.from_buffer(self._receiving)
-        self._opened = bytearray()
+        self._sealer = Sealer(keys.send)
+        self._opener: Opener | None = None
+        """From its header on."""
         self._parts: list[bytes] = []
         self._nbytes = 0
         self._needed = _LENGTH
-        self._greeted = False
         self._wanted = True
         self._taking = False  # from the turn after somebody takes messages on: until then what waits goes first, and an end after it
         self._ended = self._peer_ended = self._told_end = False
@@ -176,10 +166,7 @@ class SecureStream:
             raise PayloadTooLargeError(f"A message of {nbytes} bytes is over {MAX_MESSAGE}; send it in pieces.")
         if self._gone or self._ended:
             return True
-        frame = bytearray(nbytes + _LENGTH + _SEAL)
-        frame[:_LENGTH] = (nbytes + _SEAL).to_bytes(_LENGTH, "little")
-        plain = message if type(message) is bytes else _ffi.from_buffer(message)
-        _push(self._sending_at, _ffi.from_buffer(frame) + _LENGTH, _ffi.NULL, plain, nbytes, _ffi.NULL, 0, 0)
+        frame = self._sealer.seal(message, (nbytes + SEAL_NBYTES).to_bytes(_LENGTH, "little"))
         self._sent_at = self._loop.time()
         try:
             self._full = not self._carrier.write(frame, owned=True)
@@ -228,17 +215,23 @@ class SecureStream:
     def data_arrived(self, data: bytes | bytearray | memoryview) -> None:
         """Bytes of the wire, in order."""
         self._heard_at = self._loop.time()
+        view = memoryview(data)
         if self._parts:
-            self._parts.append(bytes(data))
-            self._nbytes += len(data)
-            if self._nbytes < self._needed or self._held():
+            if self._held() or self._nbytes + len(data) < self._needed:
+                self._parts.append(bytes(data))
+                self._nbytes += len(data)
                 return
-            data = b"".join(self._parts)
-            self._parts = []
-        elif self._held():
-            self._keep(bytes(data))
+            # Only the frame that began before is put together, what is behind it is read where it lies.
+            split = self._needed - self._nbytes if self._needed > _LENGTH else len(data)
+            began, self._parts = self._parts, []
+            self._read(b"".join((*began, view[:split])))
+            view = view[split:]
+        if self._closed:
             return
-        self._read(data)
+        if self._held():
+            self._keep(bytes(view))
+        else:
+            self._read(view)
 
     def ended(self) -> None:
         """The peer sends no more."""
@@ -264,12 +257,11 @@ class SecureStream:
             self._close(None)
 
     def _greet(self) -> None:
-        header = bytearray(_LENGTH + _HEADER)
-        header[:_LENGTH] = _HEAD
-        header[_LENGTH : _LENGTH + _ID] = self._keys.own_id
-        at = _ffi.from_buffer(header) + _LENGTH + _ID
-        _lib.crypto_secretstream_xchacha20poly1305_init_push(self._sending_at, at, self._keys.send)
-        self._carrier.write(header, owned=True)
+        self._carrier.write(_HEAD + self._keys.own_id + self._sealer.header, owned=True)
+
+    @property
+    def _greeted(self) -> bool:
+        return self._opener is not None
 
     def _held(self) -> bool:
         """Whether what comes is kept: nobody takes messages now. The header is read in any case."""
@@ -305,22 +297,22 @@ class SecureStream:
 
     def _read(self, data: bytes | bytearray | memoryview) -> None:
         at, nbytes = 0, len(data)
-        base = _ffi.from_buffer(data)
+        view = memoryview(data)
         while nbytes - at >= _LENGTH and not self._closed:
             length = data[at] | data[at + 1] << 8 | data[at + 2] << 16
             if not self._greeted and length != _HEADER:
                 self._violated(f"its first frame has {length} bytes, not {_HEADER}")
                 return
-            if length > self.max_message_nbytes + _SEAL:
-                self._violated(f"a message of {length - _SEAL} bytes is over the {self.max_message_nbytes} that it may send")
+            if length > self.max_message_nbytes + SEAL_NBYTES:
+                self._violated(f"a message of {length - SEAL_NBYTES} bytes is over the {self.max_message_nbytes} that it may send")
                 return
             if self._held() or nbytes - at - _LENGTH < length:
                 break
             at += _LENGTH
-            if self._greeted:
-                self._open_frame(base + at, length)
-            else:
+            if self._opener is None:
                 self._meet(bytes(data[at : at + length]))
+            else:
+                self._open_frame(self._opener, view[at : at + length])
             at += length
         if not self._closed:
             self._keep(bytes(data[at:]))
@@ -329,25 +321,22 @@ class SecureStream:
         if not hmac.compare_digest(header[:_ID], self._keys.peer_id):
             self._violated("its header is of another handshake")
             return
-        _lib.crypto_secretstream_xchacha20poly1305_init_pull(self._receiving_at, header[_ID:], self._keys.receive)
-        self._greeted = True
+        self._opener = Opener(header[_ID:], self._keys.receive)
         self._timer.cancel()
         self._timer = self._loop.call_later(self._limits.keepalive, self._look)
         if self._held():
             self._carrier.pause()
 
-    def _open_frame(self, sealed: Any, length: int) -> None:
-        nbytes = length - _SEAL
-        if nbytes < 0:
-            self._violated(f"a frame of {length} bytes is shorter than a seal")
+    def _open_frame(self, opener: Opener, sealed: memoryview) -> None:
+        if len(sealed) < SEAL_NBYTES:
+            self._violated(f"a frame of {len(sealed)} bytes is shorter than a seal")
             return
-        opened = self._opened
-        if len(opened) < nbytes:
-            opened = self._opened = bytearray(max(nbytes, 2 * len(opened), 1 << 12))
-        if _pull(self._receiving_at, _ffi.from_buffer(opened), _ffi.NULL, _ffi.NULL, sealed, length, _ffi.NULL, 0):
+        opened = opener.open(sealed)
+        if opened is None:
             self._violated("a frame was altered on its way, or sealed with another key")
-        elif nbytes and self._on_message is not None:
-            with memoryview(opened)[:nbytes] as message:
+            return
+        with opened as message:
+            if message and self._on_message is not None:
                 self._on_message(message)
 
     def _violated(self, what: str) -> None:

@@ -14,7 +14,7 @@ from tether.swarm.engine.engine import Engine
 from tether.swarm.feeds import hyperbee
 from tether.swarm.feeds.entries import MAX_VALUE_NBYTES, Change
 from tether.swarm.feeds.hyperbee import Hyperbee
-from tether.swarm.feeds.tree import FeedTree, parse_block
+from tether.swarm.feeds.tree import FeedTree, Growth, Subtree, parse_block, spans
 
 __all__ = ["MAX_BLOCKS", "MAX_NBYTES", "FeedCopy", "LogPart", "read_log"]
 
@@ -153,6 +153,14 @@ class FeedCopy:
     async def read(self, before: FeedTree, behind: int, mark: int | None = None) -> LogPart:
         """As `read_log`; what is not here is fetched."""
         return await read_log(self._log, before, behind, mark)
+
+    async def growth(self, shorter: int, longer: int) -> Growth:
+        """What shows others how it became so long. Raises: as `read`."""
+        before, behind, at = (await self.read(FeedTree(), shorter)).tree, list[Subtree](), shorter
+        for blocks in spans(shorter, longer):
+            behind += (await self.read(FeedTree.behind(at), at + blocks)).tree.subtrees()
+            at += blocks
+        return Growth(before.subtrees(), tuple(behind))
 
     async def aclose(self) -> None:
         """Give the files back; a second call does nothing."""

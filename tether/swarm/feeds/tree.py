@@ -10,15 +10,23 @@ Hypercore verifies what comes, not what it reads again from the disk: what a fol
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+import msgspec
 
 from tether.errors import MalformedFeedError
 
-__all__ = ["Block", "FeedTree", "parse_block"]
+__all__ = ["Block", "FeedTree", "Growth", "Subtree", "parse_block", "spans"]
 
 Block = tuple[bytes, bytes | None]
 """A key and the value that it has from here on; None: it is gone."""
+Subtree = tuple[str, int]
+"""Hash, hex, and bytes of the blocks in it."""
+_HASH = re.compile("[0-9a-f]{64}")
+_MOST_NBYTES = 1 << 53
 _LEAF, _PARENT, _ROOT = b"\0", b"\1", b"\2"
 _KEY, _VALUE = 2, 3
 _BYTES, _VARINT = 2, 0
@@ -43,9 +51,18 @@ class FeedTree:
         """Blocks."""
         self._peaks: list[_Peak] = list(before._peaks) if before else []  # noqa: SLF001 (its own kind)
 
+    @classmethod
+    def behind(cls, length: int) -> Self:
+        """Of the blocks behind so many others: full subtrees of them stand in the whole tree as they are."""
+        tree = cls()
+        tree.length = length
+        return tree
+
     def append(self, block: bytes) -> None:
-        peak = _Peak(_digest(_LEAF, _u64(len(block)), block), len(block), self.length, 1)
-        self.length += 1
+        self._attach(_Peak(_digest(_LEAF, _u64(len(block)), block), len(block), self.length, 1))
+
+    def _attach(self, peak: _Peak) -> None:
+        self.length += peak.blocks
         while self._peaks and self._peaks[-1].blocks == peak.blocks:
             left = self._peaks.pop()
             nbytes = left.nbytes + peak.nbytes
@@ -56,6 +73,53 @@ class FeedTree:
         """What heads name, hex."""
         parts = (part for peak in self._peaks for part in (peak.digest, _u64(2 * peak.first + peak.blocks - 1), _u64(peak.nbytes)))
         return _digest(_ROOT, *parts).hex()
+
+    def subtrees(self) -> tuple[Subtree, ...]:
+        """The largest full ones, left to right."""
+        return tuple((peak.digest.hex(), peak.nbytes) for peak in self._peaks)
+
+    def attach(self, subtrees: Sequence[Subtree], spans: Sequence[int]) -> None:
+        """Go on with full subtrees of so many blocks each. Raises: MalformedFeedError: they are not such ones."""
+        if len(subtrees) != len(spans):
+            raise MalformedFeedError("what is to show how a feed grew does not fit its lengths")
+        for (digest, nbytes), blocks in zip(subtrees, spans, strict=True):
+            if not _HASH.fullmatch(digest) or not 0 <= nbytes < _MOST_NBYTES:
+                raise MalformedFeedError("what is to show how a feed grew has a hash or a size that is none")
+            self._attach(_Peak(bytes.fromhex(digest), nbytes, self.length, blocks))
+
+
+class Growth(msgspec.Struct, frozen=True, array_like=True):
+    """Shows that a log of one length contains one of a shorter length, or that it does not: a few hashes, whoever gives them."""
+
+    before: tuple[Subtree, ...]
+    """Full subtrees of the shorter one."""
+    behind: tuple[Subtree, ...]
+    """Those by which it became the longer one."""
+
+    def roots(self, shorter: int, longer: int) -> tuple[str, str]:
+        """At both lengths. If the second is the one that was signed, the first is that of the blocks with which this log begins.
+
+        Raises: MalformedFeedError: it is of other lengths.
+        """
+        tree = FeedTree()
+        tree.attach(self.before, spans(0, shorter))
+        root = tree.root()
+        tree.attach(self.behind, spans(shorter, longer))
+        return root, tree.root()
+
+
+def spans(length: int, longer: int) -> list[int]:
+    """Blocks of each full subtree by which a tree of one length becomes one of another: O(log) of them.
+
+    >>> spans(0, 11), spans(5, 11), spans(8, 8)
+    ([8, 2, 1], [1, 2, 2, 1], [])
+    """
+    found = []
+    while length < longer:
+        largest = 1 << ((longer - length).bit_length() - 1)
+        found.append(min(largest, length & -length) if length else largest)
+        length += found[-1]
+    return found
 
 
 def _digest(*parts: bytes) -> bytes:

@@ -6,7 +6,7 @@ const DHT = require('hyperdht')
 const Hyperbee = require('hyperbee')
 const Hypercore = require('hypercore')
 const { control, host } = require('./bridge')
-const { nodeOf, firewall, Handshakes, newHandle } = require('./nodes')
+const { nodeOf, called, calling, newHandle } = require('./nodes')
 const storage = require('./files')
 
 const CHANGES = { append: 0, truncate: 1, conflict: 2 }
@@ -167,12 +167,8 @@ module.exports = {
     const dht = nodeOf(node)
     const handle = newHandle()
     const keyPair = DHT.keyPair(bytes(seed))
-    const handshakes = new Handshakes()
     const made = { dht, keyPair, server: null, served: [], streams: new Map() }
-    made.server = dht.createServer({
-      firewall: (key, payload, address) => firewall(handle, key, address),
-      createHandshake: (keyPair, key) => handshakes.create(keyPair, key)
-    }, stream => give(made, stream))
+    made.server = dht.createServer(called(dht, handle), stream => give(made, stream))
     servers.set(handle, made)
     made.timer = setInterval(announce, ANNOUNCE_MILLISECONDS, made)
     dht.once('close', () => forget(handle))
@@ -211,7 +207,9 @@ module.exports = {
   async feedFollow ({ node, feed, publicKey }) {
     const found = feedOf(feed)
     if (found.stream !== null) found.stream.destroy()
-    const stream = found.stream = quiet(nodeOf(node).connect(bytes(publicKey)))
+    const dht = nodeOf(node)
+    const key = bytes(publicKey)
+    const stream = found.stream = quiet(dht.connect(key, calling(dht, key)))
     stream.once('close', () => { if (found.stream === stream) tell(feed, ENDED) })
     await new Promise((resolve, reject) => {
       stream.once('open', resolve)

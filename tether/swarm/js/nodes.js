@@ -27,7 +27,8 @@ function nodeOf (handle) {
 
 // Refuses by a handshake that fails, as one with garbage in it does.
 class Handshakes {
-  constructor () {
+  constructor (dht) {
+    this.dht = dht
     this.left = HANDSHAKES_BURST
     this.at = Date.now()
   }
@@ -38,7 +39,40 @@ class Handshakes {
     this.at = now
     if (this.left < 1) return { recv () { throw new Error('Too many handshakes') } }
     this.left--
-    return new NoiseWrap(keyPair, remotePublicKey)
+    return new Handshake(this.dht, keyPair, remotePublicKey)
+  }
+}
+
+// A peer may name this very node as the relay between both, which would have it connect to itself, and give the stream up when that fails.
+class Handshake extends NoiseWrap {
+  constructor (dht, keyPair, remotePublicKey) {
+    super(keyPair, remotePublicKey)
+    this.dht = dht
+  }
+
+  recv (buffer) {
+    const payload = super.recv(buffer)
+    const through = payload.relayThrough
+    if (through && b4a.equals(through.publicKey, this.dht.defaultKeyPair.publicKey)) payload.relayThrough = null
+    return payload
+  }
+}
+
+// What hyperdht is to know for a stream to a peer: which relay it may use, if any, and it is not the peer itself.
+function calling (dht, publicKey) {
+  return {
+    createHandshake: (keyPair, remotePublicKey) => new Handshake(dht, keyPair, remotePublicKey),
+    relayThrough: dht.tetherRelays.filter(relay => !b4a.equals(relay, publicKey))
+  }
+}
+
+// And for streams that peers open.
+function called (dht, handle) {
+  const handshakes = new Handshakes(dht)
+  return {
+    firewall: (key, payload, address) => firewall(handle, key, address),
+    createHandshake: (keyPair, remotePublicKey) => handshakes.create(keyPair, remotePublicKey),
+    relayThrough: () => dht.tetherRelays
   }
 }
 
@@ -92,11 +126,11 @@ function isAnnounced (node) {
 const record = found => found && { value: hex(found.value), seq: found.seq, signature: hex(found.signature) }
 
 module.exports.nodeOf = nodeOf
-module.exports.firewall = firewall
-module.exports.Handshakes = Handshakes
+module.exports.calling = calling
+module.exports.called = called
 module.exports.newHandle = () => ++handles
 module.exports.methods = {
-  create ({ bootstrap, seed, host, port, ephemeral, firewalled }) {
+  create ({ bootstrap, seed, host, port, ephemeral, firewalled, relays = [] }) {
     const keyPair = DHT.keyPair(bytes(seed))
     const options = { bootstrap, keyPair, host, port, nodes: [] }
     if (port === 0) options.port = [0, 0] // zero alone is taken for hyperdht's own port
@@ -104,6 +138,7 @@ module.exports.methods = {
     if (firewalled !== null) options.firewalled = firewalled
     const node = new DHT(options)
     node.tetherNode = ++handles
+    node.tetherRelays = relays.map(bytes)
     nodes.set(handles, node)
     return { node: handles, publicKey: hex(keyPair.publicKey) }
   },
@@ -142,16 +177,18 @@ module.exports.methods = {
     }
   },
 
+  // Public keys of blind relays, one of which each stream from now on may use, whichever side opens it.
+  relayThrough ({ node, relays }) {
+    nodeOf(node).tetherRelays = relays.map(bytes)
+  },
+
   // The server's number comes before its first connection can.
-  listen ({ node, relayThrough }) {
+  listen ({ node }) {
     const dht = nodeOf(node)
     const handle = ++handles
-    const handshakes = new Handshakes()
     const server = dht.createServer({
-      firewall: (key, payload, address) => firewall(handle, key, address),
-      createHandshake: (keyPair, key) => handshakes.create(keyPair, key),
-      createSecretStream: (isInitiator, raw, options) => new HandedStream(dht, isInitiator, raw, options),
-      relayThrough: relayThrough && bytes(relayThrough)
+      ...called(dht, handle),
+      createSecretStream: (isInitiator, raw, options) => new HandedStream(dht, isInitiator, raw, options)
     }, stream => onconnection(handle, stream))
     servers.set(handle, server)
     return { server: handle }
@@ -167,11 +204,12 @@ module.exports.methods = {
     if (listening !== undefined) await listening.close()
   },
 
-  async connect ({ node, publicKey, relayThrough }, call) {
+  async connect ({ node, publicKey }, call) {
     const dht = nodeOf(node)
-    const stream = dht.connect(bytes(publicKey), {
-      createSecretStream: (isInitiator, raw, options) => new HandedStream(dht, isInitiator, raw, options),
-      relayThrough: relayThrough && bytes(relayThrough)
+    const key = bytes(publicKey)
+    const stream = dht.connect(key, {
+      ...calling(dht, key),
+      createSecretStream: (isInitiator, raw, options) => new HandedStream(dht, isInitiator, raw, options)
     })
     stream.on('error', () => {})
     connecting.set(call, stream)

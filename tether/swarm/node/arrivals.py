@@ -1,4 +1,4 @@
-"""What a peer that connects wants: its first message tells protomux (RPC) from blobs. A peer that says nothing is not waited for."""
+"""What a peer that connects wants, by its first message: calls (protomux), relaying (too), or blobs. Who says nothing is not waited for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import structlog
 from tether.errors import ProtocolError, ServiceUnavailableError
 from tether.ports import MessageStream
 from tether.swarm.blobs.frames import is_hello
+from tether.swarm.node.forwarding import Forwarding
+from tether.swarm.relaying.relay import is_relaying
 
 __all__ = ["Purpose", "purpose_of"]
 
-Purpose = Literal["rpc", "blobs"]
+Purpose = Literal["rpc", "blobs", "relay"]
 log = structlog.get_logger("tether.swarm")
 _PATIENCE = 10.0
 """Seconds: who connects speaks at once, and a round trip is a fraction of one."""
@@ -42,18 +44,18 @@ async def purpose_of(stream: MessageStream, patience: float = _PATIENCE) -> tupl
     if is_hello(first):
         return "blobs", rewound
     if first[:2] in _PROTOMUX:
-        return "rpc", rewound
+        return "relay" if is_relaying(first) else "rpc", rewound
     stream.destroy()
     log.warning("peer cut", peer=stream.peer, code=ProtocolError.code, error="its first message is of no protocol of ours")
     raise ProtocolError(f"peer {stream.peer} speaks no protocol of ours: is it a newer Tether?")
 
 
-class _Rewound:
+class _Rewound(Forwarding[MessageStream]):
     """A stream that was started already: what came since is delivered when it is started again."""
 
     def __init__(self, stream: MessageStream) -> None:
+        super().__init__(stream)
         self.first: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._stream = stream
         self._held = deque[bytes]()
         self._on_message: Callable[[memoryview], None] | None = None
         self._on_end: Callable[[], None]
@@ -62,38 +64,12 @@ class _Rewound:
         self._closed_with: tuple[Exception | None] | None = None
         stream.start(self._message, self._end, self._close)
 
-    @property
-    def peer(self) -> str:
-        return self._stream.peer
-
-    @property
-    def is_initiator(self) -> bool:
-        return self._stream.is_initiator
-
     def start(
         self, on_message: Callable[[memoryview], None], on_end: Callable[[], None], on_close: Callable[[Exception | None], None]
     ) -> None:
         """As the port says."""
         self._on_end, self._on_close = on_end, on_close
         asyncio.get_running_loop().call_soon(self._begin, on_message)
-
-    def send(self, message: bytes | bytearray | memoryview) -> bool:
-        return self._stream.send(message)
-
-    async def drained(self) -> None:
-        await self._stream.drained()
-
-    def pause(self) -> None:
-        self._stream.pause()
-
-    def resume(self) -> None:
-        self._stream.resume()
-
-    def end(self) -> None:
-        self._stream.end()
-
-    def destroy(self) -> None:
-        self._stream.destroy()
 
     def _begin(self, on_message: Callable[[memoryview], None]) -> None:
         while self._held:

@@ -22,6 +22,7 @@ from tether.swarm.node.doubts import Doubts
 from tether.swarm.node.flights import Flights
 from tether.swarm.node.held import Connection, HeldStream, PeerStream
 from tether.swarm.node.standing import ConnectionLimits, OwnSide, Standing
+from tether.swarm.relaying.relay import Relay, RelayStatus
 from tether.swarm.rpc.rpc import RpcConnection, RpcLimits
 from tether.swarm.wire.bandwidth import TokenBucket
 from tether.types import Digest
@@ -49,6 +50,8 @@ class Connections:
         self._guests: dict[HeldStream, None] = {}
         self._rpc, self._blobs = Flights[RpcConnection](), Flights[BlobConnection]()
         self._doubts = Doubts(self._limits, self._of, self._beside)
+        relaying = self._limits.relaying
+        self._relay = None if relaying is None else Relay(lambda peer: self._admits(peer) is Standing.KNOWN, relaying)
         self._tasks = set[asyncio.Task[None]]()
         self._is_closed = False
         self.on_have: list[OnHave] = []
@@ -122,6 +125,8 @@ class Connections:
         error = PeerUnreachableError(f"peer {peer} was cut here while it was being connected: it may do less than before", "ECANCELED")
         self._rpc.abort(peer, error)
         self._blobs.abort(peer, error)
+        if self._relay is not None:
+            self._relay.cut(peer)  # before its streams go: whom it was joined with is told
         for held in self._of(peer):
             held.destroy()
         self._doubts.dismiss(peer)
@@ -131,6 +136,7 @@ class Connections:
         error = PeerUnreachableError("this machine slept, or moved to another network, while it was connecting: try again", "ECANCELED")
         self._rpc.abort_all(error)
         self._blobs.abort_all(error)
+        self._end_relaying()
         for held in self._all():
             held.destroy()
 
@@ -155,6 +161,11 @@ class Connections:
         """Whether a call of a peer is being worked on."""
         return any(isinstance(held.owner, RpcConnection) and held.owner.working for held in self._all())
 
+    @property
+    def relaying(self) -> RelayStatus | None:
+        """What is relayed for peers; None: this lab relays nothing."""
+        return None if self._relay is None else self._relay.status
+
     def listed(self) -> list[Connection]:
         """Those that there are."""
         return [held.shown() for held in self._all()]
@@ -165,6 +176,7 @@ class Connections:
         error = ServiceUnavailableError("this lab leaves the swarm: start it again")
         self._rpc.abort_all(error)
         self._blobs.abort_all(error)
+        self._end_relaying()
         await self._doubts.aclose()
         for held in self._all():
             if held.owner is None:
@@ -186,7 +198,8 @@ class Connections:
         of_peer.pop(held, None)
         if not of_peer:
             self._held.pop(held.peer, None)
-        self._doubts.lost(held)
+        if held.purpose != "relay":
+            self._doubts.lost(held)
 
     def _admits(self, peer: str) -> Standing:
         try:
@@ -200,7 +213,7 @@ class Connections:
             return False
         if standing is Standing.UNKNOWN:
             return True
-        opened = sum(not held.is_initiator for held in self._of(peer) if held is not without)
+        opened = sum(not (held.is_initiator or held.purpose == "relay") for held in self._of(peer) if held is not without)
         return opened < self._limits.max_streams
 
     def _take_in(self, held: HeldStream) -> None:
@@ -221,12 +234,14 @@ class Connections:
         if purpose == "rpc":
             self._speak(held, stream)
             self._land(held)
-        elif not held.is_guest:
+        elif held.is_guest:
+            log.warning("peer cut", peer=held.peer, code=ForbiddenError.code, error=f"an unknown key asks for {purpose}")
+            held.destroy()
+        elif purpose == "blobs":
             self._trade(held, stream)
             self._land(held)
         else:
-            log.warning("peer cut", peer=held.peer, code=ForbiddenError.code, error="an unknown key asks for blobs")
-            held.destroy()
+            self._help(held, stream)
 
     def _land(self, held: HeldStream) -> None:
         """Whoever looks for this peer has found it."""
@@ -253,6 +268,19 @@ class Connections:
             on_have=lambda digest, places: self._heard(held.peer, digest, places),
         )
         return connection
+
+    def _help(self, held: HeldStream, stream: MessageStream) -> None:
+        """The relay has bounds of its own for these, and cuts who is not admitted."""
+        held.purpose = "relay"
+        if self._relay is None:
+            log.info("a peer asks for a relay, which this lab is not", peer=held.peer)
+            held.destroy()
+        else:
+            self._relay.accept(stream, held.carrier)
+
+    def _end_relaying(self) -> None:
+        if self._relay is not None:
+            self._relay.close()
 
     def _rpc_limits(self, held: HeldStream) -> RpcLimits:
         if held.is_guest:

@@ -11,6 +11,7 @@ from tether.ports import MessageStream
 from tether.swarm.blobs.blobs import BlobConnection
 from tether.swarm.engine.secure import Route
 from tether.swarm.node.arrivals import Purpose
+from tether.swarm.node.forwarding import Forwarding
 from tether.swarm.rpc.rpc import RpcConnection
 
 __all__ = ["Connection", "HeldStream", "PeerStream"]
@@ -22,6 +23,11 @@ class PeerStream(MessageStream, Protocol):
     route: Route
     remote_address: tuple[str, int] | None
     max_message_nbytes: int
+
+    @property
+    def carrier(self) -> object:
+        """Its UDX stream: what is relayed leaves by the same socket."""
+        ...
 
     @property
     def rtt(self) -> float: ...
@@ -50,7 +56,7 @@ class Connection:
     address: tuple[str, int] | None
 
 
-class HeldStream:
+class HeldStream(Forwarding[PeerStream]):
     """In the stream's place: counts what passes. `on_gone` is called once, when it is gone or was destroyed here."""
 
     __slots__ = (
@@ -60,7 +66,6 @@ class HeldStream:
         "_passed",
         "_pulse",
         "_seen",
-        "_stream",
         "began",
         "heard_at",
         "is_gone",
@@ -76,7 +81,8 @@ class HeldStream:
 
     def __init__(self, stream: PeerStream, on_gone: Callable[[HeldStream], None], now: float, since: float) -> None:
         """`now`: monotonic; `since`: Unix seconds."""
-        self._stream, self._on_gone = stream, on_gone
+        super().__init__(stream)
+        self._on_gone = on_gone
         self.began = self.used_at = self.heard_at = now
         self.since = since
         self.purpose: Purpose | None = None
@@ -95,14 +101,6 @@ class HeldStream:
         self._on_message: Callable[[memoryview], None]
         self._on_close: Callable[[Exception | None], None]
 
-    @property
-    def peer(self) -> str:
-        return self._stream.peer
-
-    @property
-    def is_initiator(self) -> bool:
-        return self._stream.is_initiator
-
     def start(
         self, on_message: Callable[[memoryview], None], on_end: Callable[[], None], on_close: Callable[[Exception | None], None]
     ) -> None:
@@ -112,19 +110,7 @@ class HeldStream:
 
     def send(self, message: bytes | bytearray | memoryview) -> bool:
         self._passed += 1
-        return self._stream.send(message)
-
-    async def drained(self) -> None:
-        await self._stream.drained()
-
-    def pause(self) -> None:
-        self._stream.pause()
-
-    def resume(self) -> None:
-        self._stream.resume()
-
-    def end(self) -> None:
-        self._stream.end()
+        return super().send(message)
 
     def destroy(self) -> None:
         """Cut it at once, with who speaks on it."""
@@ -145,6 +131,11 @@ class HeldStream:
         if self._passed != self._seen or _is_busy(self.owner):
             self._seen, self.used_at = self._passed, now
         return self.used_at
+
+    @property
+    def carrier(self) -> object:
+        """As of the stream."""
+        return self._stream.carrier
 
     @property
     def is_awaited(self) -> bool:

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self, assert_never
+from typing import NamedTuple, Self, assert_never
 
 import psutil
 import structlog
@@ -33,7 +33,8 @@ from tether.swarm.node.held import Connection
 from tether.swarm.node.standing import Admits, ConnectionLimits, OwnSide, Standing
 from tether.swarm.node.waking import Deed, Look, Waking
 from tether.swarm.node.weight import Scales, Weight
-from tether.swarm.rpc.rpc import RpcConnection, Service
+from tether.swarm.relaying.relay import RelayStatus
+from tether.swarm.rpc.rpc import Incoming, Outgoing, RpcConnection, Service
 from tether.swarm.wire.bandwidth import TokenBucket
 from tether.types import Digest
 
@@ -42,7 +43,7 @@ __all__ = ["PREFIX", "Connection", "ConnectionLimits", "Node", "NodeSettings", "
 log = structlog.get_logger("tether.swarm")
 PREFIX = "tether/1/"
 """Before the name of each method that a lab has: who asks leaves it out, `Service` knows the methods with it."""
-_READING = frozenset({"envelope", "feed", "have", "manifest", "models", "ping"})
+_READING = frozenset({"envelope", "events", "feed", "have", "manifest", "models", "ping"})
 """Methods that change nothing. An inference may: whoever knows whether its model is pure makes it again."""
 _AGAIN = 0.2
 """Seconds between tries to reach a peer that is about to be back."""
@@ -62,6 +63,17 @@ class NodeSettings:
     """Seconds between looks at the clock, the network and idle connections: of the five in which one is to be back after a sleep."""
     max_weight_nbytes: int = 1 << 30
     """Of memory that the process has for itself. The engine levels out at 145 to 270 MB, a busy store needs some hundreds more."""
+
+
+class _Asking(NamedTuple):
+    """A call of a peer, however often it has to be made."""
+
+    peer: str
+    method: str
+    timeout: float | None
+    end: float | None
+    """On the loop's clock, as `again_until`."""
+    again_until: float
 
 
 class Node:
@@ -120,25 +132,60 @@ class Node:
         Raises: as `RpcConnection.request`; StreamLostError: the connection was lost, and only the caller knows whether it may be heard
         twice; PeerNotFoundError, PeerUnreachableError; BadKeyError; ForbiddenError: this lab banned it.
         """
-        end = None if timeout is None else self._loop.time() + timeout
-        again_until = self._loop.time() + self._settings.limits.returning
+        asking = self._asking(peer, method, timeout)
         while True:
-            connection = await self._within(end, peer, timeout)
-            left = None if end is None else max(end - self._loop.time(), 0.0)
+            connection, left = await self._reached(asking)
             try:
                 return await connection.request(PREFIX + method, value, left)
-            except ManagerLeavingError as error:
-                self._connections.leave_to_end(connection)
-                if self._loop.time() >= again_until:
-                    raise ServiceUnavailableError(f"peer {peer} ends, and no other process of it came: try again later") from error
             except ServiceUnavailableError as error:
-                if not connection.is_closed:
-                    raise  # it is the peer's answer
-                if method not in _READING or self._loop.time() >= again_until:
-                    raise StreamLostError(
-                        f"{error}; the peer may have heard {method}: make the call again if that is harmless", "ECONNRESET"
-                    ) from error
+                self._bear(error, connection, asking, may_repeat=True)
             await asyncio.sleep(_AGAIN)
+
+    @contextlib.asynccontextmanager
+    async def exchange(
+        self,
+        peer: str,
+        method: str,
+        value: bytes | Outgoing,
+        timeout: float | None = None,  # noqa: ASYNC109 (as above)
+    ) -> AsyncIterator[Incoming]:
+        """As `request`, with an answer that is taken as it comes. Nothing is asked again once that has begun, or something was sent of a
+        value that comes only once. Raises: as `request`, until the end of the answer.
+        """
+        asking, has_begun = self._asking(peer, method, timeout), False
+        while not has_begun:
+            connection, left = await self._reached(asking)
+            try:
+                async with connection.exchange(PREFIX + method, value, left) as answer:
+                    has_begun = True
+                    yield answer
+            except ServiceUnavailableError as error:
+                can_be_sent = isinstance(value, bytes) or value.can_be_sent
+                self._bear(error, connection, asking, may_repeat=can_be_sent and not has_begun)
+                await asyncio.sleep(_AGAIN)
+
+    def _asking(self, peer: str, method: str, timeout: float | None) -> _Asking:
+        now = self._loop.time()
+        return _Asking(peer, method, timeout, None if timeout is None else now + timeout, now + self._settings.limits.returning)
+
+    async def _reached(self, asking: _Asking) -> tuple[RpcConnection, float | None]:
+        """A connection to the peer, and the seconds that are left."""
+        connection = await self._within(asking.end, asking.peer, asking.timeout)
+        return connection, None if asking.end is None else max(asking.end - self._loop.time(), 0.0)
+
+    def _bear(self, error: ServiceUnavailableError, connection: RpcConnection, asking: _Asking, *, may_repeat: bool) -> None:
+        """A call failed: return if it is to be made again. Raises: as `request`."""
+        may_repeat &= self._loop.time() < asking.again_until
+        if isinstance(error, ManagerLeavingError):
+            self._connections.leave_to_end(connection)
+            if not may_repeat:
+                raise ServiceUnavailableError(f"peer {asking.peer} ends, and no other process of it came: try again later") from error
+        elif not connection.is_closed:
+            raise error  # it is the peer's answer
+        elif asking.method not in _READING or not may_repeat:
+            raise StreamLostError(
+                f"{error}; the peer may have heard {asking.method}: make the call again if that is harmless", "ECONNRESET"
+            ) from error
 
     async def blobs(self, peer: str) -> PeerBlobs:
         """What the peer gives, over one stream for that. Ask for it anew for each work: one that nobody uses is closed after a while.
@@ -159,6 +206,19 @@ class Node:
     def connections(self) -> list[Connection]:
         """Those that are open, or about to say what they are for."""
         return self._connections.listed()
+
+    @property
+    def relaying(self) -> RelayStatus | None:
+        """What is relayed for peers; None: this lab relays nothing."""
+        return self._connections.relaying
+
+    async def relay_through(self, relays: Sequence[str]) -> None:
+        """Labs (keys, hex) of which each stream from now on may use one where no direct way is found. Raises: BadKeyError."""
+        await self._engine.relay_through([bytes.fromhex(public_key(relay)) for relay in relays])
+
+    async def probe(self) -> bool:
+        """Find out whether packets come in unasked, as at a public address, which a relay needs; some round trips."""
+        return await self._engine.probe()
 
     def welcome(self, peer: str) -> None:
         """The key was admitted: what it has open may do more. To be called before the peer is told so."""
@@ -213,7 +273,7 @@ class Node:
     async def aclose(self) -> None:
         """Leave: connections are closed in order, its key is announced no more. A second call does nothing.
 
-        Topics and the record stay with the nodes that keep them, until these forget them.
+        Topics that were not taken back, and the record, stay with the nodes that keep them, until these forget them.
         """
         for task in (self._watching, self._listening):
             task.cancel()

@@ -8,11 +8,14 @@ from enum import Enum
 from typing import Final
 
 from tether.swarm.blobs.blobs import AskingLimits, GivingLimits, Shelf
+from tether.swarm.relaying.pairs import RelayLimits
 from tether.swarm.rpc.rpc import RpcLimits, Service
 
 __all__ = ["Admits", "ConnectionLimits", "OwnSide", "Standing"]
 
-_UNKNOWN_RPC: Final = RpcLimits(max_request_nbytes=4096, max_in_flight=4, max_held_nbytes=16 << 10, max_unread_nbytes=256 << 10)
+_UNKNOWN_RPC: Final = RpcLimits(
+    max_request_nbytes=4096, max_in_flight=4, max_held_nbytes=16 << 10, max_passing_nbytes=4096, max_unread_nbytes=256 << 10
+)
 
 
 class Standing(Enum):
@@ -41,7 +44,8 @@ class ConnectionLimits:
     unknown_rpc: RpcLimits = _UNKNOWN_RPC
     """An invitation's secret has some dozens of bytes, and guessing gains nothing by asking much at a time."""
     max_streams: int = 8
-    """That one known key opened: RPC and blobs, and again those that a change of its network left behind until they are given up."""
+    """That one known key opened, besides those for relaying, which has bounds of its own: RPC and blobs, and again those that a change of
+    its network left behind until they are given up."""
     max_outgoing: int = 256
     """That this side opened: each is kept alive, and holds buffers."""
     idle: float = 60.0
@@ -56,6 +60,8 @@ class ConnectionLimits:
     rpc: RpcLimits = field(default_factory=RpcLimits)
     asking: AskingLimits = field(default_factory=AskingLimits)
     giving: GivingLimits = field(default_factory=GivingLimits)
+    relaying: RelayLimits | None = None
+    """What is relayed for known keys that can't reach each other; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,10 +62,18 @@ class PeerBook:
     """The book of one topic."""
 
     def __init__(
-        self, salt: bytes, *, is_known: Callable[[str], bool] = lambda _: False, is_banned: Callable[[str], bool] = lambda _: False
+        self,
+        salt: bytes,
+        *,
+        is_known: Callable[[str], bool] = lambda _: False,
+        is_banned: Callable[[str], bool] = lambda _: False,
+        region: Callable[[], str] = lambda: "",
     ) -> None:
-        """`salt`: secret random bytes; `is_known`: whether the user named, allowed or follows this key; `is_banned`: `Access.is_banned`."""
-        self._salt, self._is_known, self._is_banned = salt, is_known, is_banned
+        """`salt`: secret random bytes; `is_known`: whether the user named, allowed or follows this key; `is_banned`: `Access.is_banned`.
+
+        `region`: where this lab is.
+        """
+        self._salt, self._is_known, self._is_banned, self._region = salt, is_known, is_banned, region
         self._friends: dict[str, _Entry] = {}
         self._strangers: dict[str, _Entry] = {}
         self._resting: dict[str, float] = {}
@@ -168,7 +176,7 @@ class PeerBook:
         return entry.record if entry and entry.until > now and not self._is_banned(peer) else None
 
     def peers(self, now: float) -> list[Record]:
-        """Those whose records are good: friends first, in each part the least loaded first."""
+        """Those whose records are good: friends first, in each part those of this lab's region, then the least loaded."""
         return [entry.record for section in (self._friends, self._strangers) for entry in self._good(section, now)]
 
     def holders(self, digest: Digest, now: float) -> tuple[list[Record], list[Record]]:
@@ -178,7 +186,8 @@ class PeerBook:
 
     def _good(self, section: dict[str, _Entry], now: float) -> list[_Entry]:
         found = [entry for peer, entry in section.items() if entry.until > now and not self._is_banned(peer)]
-        return sorted(found, key=lambda entry: (entry.record.load, entry.lot))
+        region = self._region()
+        return sorted(found, key=lambda entry: (not region or entry.record.region != region, entry.record.load, entry.lot))
 
     def sweep(self, now: float) -> None:
         """Forget those of whom nothing that could come again would be good."""

@@ -26,12 +26,15 @@ from tether.types import Digest
 
 __all__ = [
     "LIFETIME",
+    "MAX_GPUS",
+    "MAX_NAME",
     "MAX_NBYTES",
     "SKEW",
     "Capabilities",
     "Gpu",
     "Held",
     "Record",
+    "beginning",
     "decode_listing",
     "encode_listing",
     "next_seq",
@@ -58,14 +61,19 @@ _PREFIX_NBYTES = 8
 """Of a version's digest: enough to know whom to ask. Whoever makes another that begins so has gained one question."""
 _MAX_SEQ = 1 << 53
 """What JavaScript counts to."""
-_MAX_GPUS, _MAX_ENDPOINTS, _MAX_HELD = 8, 4, 50_000
+MAX_GPUS, _MAX_ENDPOINTS, _MAX_HELD = 8, 4, 50_000
 _REGION = re.compile(r"[a-z0-9-]{0,32}")
 _ENDPOINT = re.compile(r"[0-9A-Za-z.:\[\]-]{1,64}:[0-9]{1,5}")
-_MAX_NAME = 40
+MAX_NAME = 40
+"""Characters of a card's."""
 _MAX_MEMORY = 1 << 50
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _WHOLE_PERCENT = 100
+_RELAYS = 1
+"""Of the flags."""
+_MAX_FLAGS = 127
+"""One byte."""
 
 
 class Gpu(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -103,6 +111,8 @@ class Capabilities:
     """Per cent of its workers' time."""
     endpoints: tuple[str, ...] = ()
     """`host:port` of a socket that is reached without the DHT, in the same network."""
+    relays: bool = False
+    """Whether labs that it knows can go through it to each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +138,12 @@ class Record:
     """How many versions it has."""
     listing: str
     """Digest of all of them (`decode_listing`)."""
+    relays: bool
+    """Whether labs that it knows can go through it to each other."""
 
     def holds(self, digest: Digest) -> bool | None:
         """Whether it says that it has the version; None: it has more than it could say here."""
-        if digest[: 2 * _PREFIX_NBYTES] in self.beginnings:
+        if beginning(digest) in self.beginnings:
             return True
         return None if self.count > len(self.beginnings) else False
 
@@ -151,6 +163,8 @@ class _Body(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     listing: bytes
     beginnings: bytes
     """One after the other, sorted."""
+    flags: int
+    """What else it does, a bit for each; those of newer versions are passed over."""
 
 
 _body_decoder = msgspec.msgpack.Decoder(_Body, strict=True)
@@ -160,6 +174,11 @@ _listing_decoder = msgspec.msgpack.Decoder(tuple[Held, ...], strict=True)
 def topic(publisher: str) -> bytes:
     """What labs that hold or serve models of this publisher (key, hex) announce: 32 bytes, BLAKE2b-256 of a prefix and the key."""
     return hashlib.blake2b(_TOPIC + bytes.fromhex(publisher), digest_size=32).digest()
+
+
+def beginning(digest: Digest) -> str:
+    """As `Record.beginnings` have it."""
+    return digest[: 2 * _PREFIX_NBYTES]
 
 
 def next_seq(last: int, now: float) -> int:
@@ -186,8 +205,9 @@ def sign(identity: Identity, offered: Capabilities, seq: int, now: float, lifeti
         count=len({each.digest for each in offered.held}),
         listing=blake3(encode_listing(offered.held)).digest(),
         beginnings=b"",
+        flags=_RELAYS * offered.relays,
     )
-    room = (MAX_NBYTES - _SIGNATURE_NBYTES - 2 - len(msgspec.msgpack.encode(body))) // _PREFIX_NBYTES  # 2: a longer length of bytes
+    room = (MAX_NBYTES - _SIGNATURE_NBYTES - 1 - len(msgspec.msgpack.encode(body))) // _PREFIX_NBYTES  # 1: a longer length of bytes
     if room < 0:
         raise MalformedRecordError(f"a record has at most {MAX_NBYTES} bytes: give fewer or shorter endpoints and GPUs")
     body = msgspec.structs.replace(body, beginnings=_beginnings(offered.held, room))
@@ -230,6 +250,7 @@ def parse(data: bytes, peer: str | None = None) -> Record:
         beginnings=frozenset(beginnings),
         count=body.count,
         listing=body.listing.hex(),
+        relays=bool(body.flags & _RELAYS),
     )
 
 
@@ -260,10 +281,11 @@ def _check(body: _Body) -> None:
         "its number": not 0 < body.seq < _MAX_SEQ,
         "its times": not (0 < body.issued < _MAX_SEQ and 0 <= body.lifetime <= MAX_LIFETIME),
         "its region": not _REGION.fullmatch(body.region),
-        "its GPUs": len(body.gpus) > _MAX_GPUS or not all(map(_is_gpu, body.gpus)),
+        "its GPUs": len(body.gpus) > MAX_GPUS or not all(map(_is_gpu, body.gpus)),
         "its load": not 0 <= body.load <= _WHOLE_PERCENT,
         "its endpoints": len(body.endpoints) > _MAX_ENDPOINTS or not all(map(_ENDPOINT.fullmatch, body.endpoints)),
         "its listing": len(body.listing) != _KEY_NBYTES,
+        "its flags": not 0 <= body.flags <= _MAX_FLAGS,
         "its versions": not _are_beginnings(body.beginnings, body.count),
     }
     wrong = [name for name, is_wrong in problems.items() if is_wrong]
@@ -272,7 +294,7 @@ def _check(body: _Body) -> None:
 
 
 def _is_gpu(gpu: Gpu) -> bool:
-    named = len(gpu.name) <= _MAX_NAME and gpu.name.isprintable()
+    named = len(gpu.name) <= MAX_NAME and gpu.name.isprintable()
     return named and 0 < gpu.count <= _MAX_HELD and 0 <= gpu.nbytes <= _MAX_MEMORY
 
 

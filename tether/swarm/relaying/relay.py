@@ -11,7 +11,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import assert_never
 
 import structlog
 
@@ -23,7 +23,7 @@ from tether.swarm.wire.bandwidth import TokenBucket
 from tether.swarm.wire.line import Line
 from tether.swarm.wire.protomux import Asked, Channel, Closed, Event, MuxLimits, Opened, Received
 
-__all__ = ["CarriedStream", "Relay", "RelayLimits", "RelayStatus", "is_relaying"]
+__all__ = ["Relay", "RelayLimits", "RelayStatus", "is_relaying"]
 
 log = structlog.get_logger("tether.swarm")
 _SWEEP = 1.0
@@ -33,15 +33,6 @@ _MAX_UNREAD_NBYTES = 16 << 10
 _MUX = MuxLimits(channels=2, held_nbytes=1 << 10, handshake_nbytes=64, frame_messages=64)
 _OPENING_NBYTES = 32
 """Of a first message in which the protocol's name stands."""
-
-
-class CarriedStream(MessageStream, Protocol):
-    """A stream of the engine, and what it travels on: `SecureStream`."""
-
-    @property
-    def carrier(self) -> object:
-        """Its UDX stream."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +75,8 @@ class Relay:
         """What is relayed now."""
         return RelayStatus(len(self._pairs), self._pairs.waiting, self._total, self._nbytes, self._dropped_nbytes)
 
-    def accept(self, stream: CarriedStream) -> None:
-        """Take a stream over which a peer may ask; one that may not is cut."""
-        carrier = stream.carrier
+    def accept(self, stream: MessageStream, carrier: object) -> None:
+        """Take a stream over which a peer may ask; one that may not is cut. `carrier`: the UDX stream that it travels on."""
         if not isinstance(carrier, UdxStream) or carrier.socket is None:
             stream.destroy()
             return

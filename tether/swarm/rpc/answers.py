@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable
 from types import CoroutineType
-from typing import NamedTuple
 
 import structlog
 
@@ -18,11 +16,12 @@ from tether.errors import (
     PayloadTooLargeError,
     ProtocolError,
     QueueFullError,
+    RequestTimeoutError,
     TetherError,
     UnknownMethodError,
 )
+from tether.swarm.rpc.bodies import AHEAD_NBYTES, Incoming, Room
 from tether.swarm.rpc.messages import (
-    MESSAGE_NBYTES,
     SMALL_NBYTES,
     CallMessage,
     encode_call,
@@ -32,84 +31,19 @@ from tether.swarm.rpc.messages import (
     read_request,
     read_value,
 )
+from tether.swarm.rpc.replies import Reply
+from tether.swarm.rpc.service import Call, Handler, PassingHandler, RpcLimits, Service
+from tether.swarm.rpc.stalls import Stalls
+from tether.swarm.rpc.work import Coming, Passing, Work, passed, passed_in_turn
 from tether.swarm.wire.compact import read_uint, uint
 from tether.swarm.wire.line import Line
-from tether.swarm.wire.pieces import PIECE_NBYTES, Body, pieces
+from tether.swarm.wire.pieces import PIECE_NBYTES, Body
 from tether.swarm.wire.protomux import Channel
 
-__all__ = ["Answers", "Authorise", "Call", "Handler", "RpcLimits", "Service"]
+__all__ = ["Answers"]
 
 log = structlog.get_logger("tether.swarm")
 _SWEEP = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class RpcLimits:
-    """What one peer may make us keep or do."""
-
-    max_request_nbytes: int = 16 << 20
-    max_reply_nbytes: int = 1 << 30
-    """Of an answer, to either side; and of all large ones together that wait for the peer to take them."""
-    max_in_flight: int = 1024
-    """Its requests that are worked on; further ones are answered with `queue_full`."""
-    max_held_nbytes: int = 64 << 20
-    """Bodies of its requests that are worked on, or that still come."""
-    max_unread_nbytes: int = 32 << 20
-    """Small answers that wait while it reads nothing; then it is cut. Larger ones wait where they are."""
-
-
-class Call(NamedTuple):
-    """What a handler is told of a call besides its value."""
-
-    peer: str
-    """The caller's public key, hex, which the stream has proven."""
-    method: str
-    deadline: float | None
-    """On the loop's clock: nobody waits for the answer any longer. The handler is cancelled then."""
-
-
-Handler = Callable[[Call, bytes], bytes | Awaitable[bytes]]
-"""Answers a call. What it raises of Tether's errors is told to the caller, anything else as an internal error."""
-Authorise = Callable[[str, str], None]
-"""Called with the caller's key and the method before anything of the value is read. Raises: ForbiddenError: it may not."""
-
-
-class Service:
-    """What a lab answers, on any number of connections; it may change at any time."""
-
-    def __init__(self, authorise: Authorise) -> None:
-        self.authorise = authorise
-        self.handlers: dict[str, Handler] = {}
-
-    def respond(self, method: str, handler: Handler) -> None:
-        """Answer calls of `method`. A handler that has its answer at once gives `bytes`: that costs no task."""
-        self.handlers[method] = handler
-
-    def unrespond(self, method: str) -> None:
-        """Answer them no more."""
-        self.handlers.pop(method, None)
-
-
-@dataclass(slots=True, eq=False)
-class _Work:
-    """A handler that is not done."""
-
-    answer: Awaitable[bytes]
-    nbytes: int
-    task: asyncio.Task[None]
-    deadline: float | None
-    unsent_nbytes: int = 0
-    """Of its answer, if that is a large one."""
-    is_overdue: bool = False
-
-
-class _Coming(NamedTuple):
-    """A request whose body comes in pieces."""
-
-    method: str
-    handler: Handler
-    body: Body
-    deadline: float | None
 
 
 class Answers:
@@ -117,19 +51,26 @@ class Answers:
 
     def __init__(self, line: Line, channel: Channel, beside: Channel, service: Service, limits: RpcLimits) -> None:
         self._line, self._channel, self._beside = line, channel, beside
-        self._service, self.limits = service, limits
-        """May change at any time."""
-        self._work: dict[int, _Work] = {}
+        self._service, self._limits = service, limits
+        self._work: dict[int, Work] = {}
         """By id; events, which have none, by numbers below 0."""
-        self._coming: dict[int, _Coming] = {}
+        self._coming: dict[int, Coming] = {}
         self._deadlines: dict[int, float] = {}
         """Of requests that come next."""
-        self._held_nbytes = self._unsent_nbytes = 0
+        self._room = Room(limits.max_passing_nbytes)
+        self._held_nbytes = self._unsent_nbytes = self._arrived_nbytes = 0
+        self._stalls = Stalls()
         self._sweeping: asyncio.TimerHandle | None = None
+        self._watching: asyncio.TimerHandle | None = None
         self._event_numbers = itertools.count(-1, -1)
 
     def __len__(self) -> int:
         return len(self._work) + len(self._coming)
+
+    def allow(self, limits: RpcLimits) -> None:
+        """Other limits from now on."""
+        self._limits = limits
+        self._room.resize(limits.max_passing_nbytes)
 
     # --- what comes
 
@@ -150,7 +91,7 @@ class Answers:
         """Said before a request. Raises: ProtocolError."""
         request_id, at = read_uint(body, 0)
         milliseconds, _ = read_uint(body, at)
-        if len(self._deadlines) >= self.limits.max_in_flight:
+        if len(self._deadlines) >= self._limits.max_in_flight:
             raise ProtocolError("it says when requests end that it does not make")
         self._deadlines[request_id] = self._line.loop.time() + milliseconds / 1000
 
@@ -158,9 +99,7 @@ class Answers:
         """A request is taken back. Raises: ProtocolError."""
         request_id, _ = read_uint(body, 0)
         self._deadlines.pop(request_id, None)
-        coming = self._coming.pop(request_id, None)
-        if coming is not None:
-            self._held_nbytes -= coming.body.nbytes
+        self._drop(request_id)
         work = self._work.get(request_id)
         if work is not None and request_id:
             work.task.cancel()
@@ -179,45 +118,57 @@ class Answers:
         except Exception as error:  # as above
             self._refuse(request_id, method, error)
             return
-        self._coming[request_id] = _Coming(method, handler, Body(nbytes), deadline)
-        self._held_nbytes += nbytes
+        if isinstance(handler, Passing) and nbytes > AHEAD_NBYTES:
+            self._pass_on(request_id, method, handler.handler, nbytes, deadline)
+        else:
+            self._collect(request_id, Coming(method, handler, Body(nbytes), deadline))
 
     def on_piece(self, body: memoryview) -> None:
         """A piece of a request's body; of one that was refused or taken back it is dropped. Raises: ProtocolError."""
         request_id, at = read_uint(body, 0)
-        coming = self._coming.get(request_id)
-        if coming is None or not coming.body.add(body[at:]):
-            return
-        del self._coming[request_id]
-        self._held_nbytes -= coming.body.nbytes
-        try:
-            self._service.authorise(self._line.peer, coming.method)  # once more: a body takes as long as the peer likes
-        except Exception as error:  # as above
-            self._refuse(request_id, coming.method, error)
-            return
-        self._run(request_id, coming.method, coming.handler, coming.body.take(), coming.deadline)
+        self._arrived_nbytes += len(body) - at
+        work, coming = self._work.get(request_id), self._coming.get(request_id)
+        if work is not None and work.body is not None:
+            if work.body.feed(body[at:]):
+                self._ask_again(request_id, work.method)
+        elif coming is not None and coming.body.add(body[at:]):
+            self._drop(request_id)
+            if self._ask_again(request_id, coming.method):
+                self._run(request_id, coming.method, coming.handler, coming.body.take(), coming.deadline)
+
+    def on_room(self, body: memoryview) -> None:
+        """The peer takes more of an answer. Raises: ProtocolError."""
+        request_id, at = read_uint(body, 0)
+        nbytes, _ = read_uint(body, at)
+        work = self._work.get(request_id)
+        if work is not None and work.reply is not None:
+            work.reply.grant(nbytes)
 
     def end(self) -> None:
         """The connection is gone: nobody waits for anything."""
         self._coming.clear()
         self._deadlines.clear()
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        for timer in (self._sweeping, self._watching):
+            if timer is not None:
+                timer.cancel()
         for work in list(self._work.values()):
             work.task.cancel()
 
     # --- who may, and what comes of it
 
-    def _admitted(self, method: str, nbytes: int) -> Handler:
+    def _admitted(self, method: str, nbytes: int) -> Handler | Passing:
         self._service.authorise(self._line.peer, method)
-        handler, limits = self._service.handlers.get(method), self.limits
+        passing, limits = self._service.passing.get(method), self._limits
+        handler = self._service.handlers.get(method) if passing is None else Passing(passing[0])
         if handler is None:
             raise UnknownMethodError(f"Unknown method '{method}'")  # the words of npm's package
-        if nbytes > limits.max_request_nbytes:
-            raise PayloadTooLargeError(f"a request of {nbytes} bytes; at most {limits.max_request_nbytes} are taken: send fewer at once")
+        most = limits.max_request_nbytes if passing is None else min(passing[1], limits.max_passing_nbytes)
+        if nbytes > most:
+            raise PayloadTooLargeError(f"a request of {nbytes} bytes; at most {most} are taken: send fewer at once")
         if len(self) >= limits.max_in_flight:
             raise QueueFullError(f"{limits.max_in_flight} of your requests are being worked on: wait for answers and try again")
-        if self._held_nbytes + nbytes > limits.max_held_nbytes:
+        held = 0 if passing is not None and nbytes > AHEAD_NBYTES else nbytes
+        if self._held_nbytes + held > limits.max_held_nbytes:
             raise QueueFullError(f"your requests hold {self._held_nbytes} bytes here: wait for answers and try again")
         return handler
 
@@ -225,56 +176,106 @@ class Answers:
         if request_id in self._work or request_id in self._coming:
             raise ProtocolError(f"request {request_id} is being worked on already")
 
-    def _run(self, request_id: int, method: str, handler: Handler, data: bytes, deadline: float | None) -> None:
+    def _ask_again(self, request_id: int, method: str) -> bool:
+        """Whether the peer may still make this call, now that its body is here, which took as long as it liked."""
+        try:
+            self._service.authorise(self._line.peer, method)
+        except Exception as error:  # as above
+            work = self._work.get(request_id)
+            if work is None:
+                self._refuse(request_id, method, error)
+            else:
+                work.stop(error)
+            return False
+        return True
+
+    def _collect(self, request_id: int, coming: Coming) -> None:
+        """Wait for all of a body."""
+        self._coming[request_id] = coming
+        self._held_nbytes += coming.body.nbytes
+        if coming.body.nbytes > AHEAD_NBYTES:
+            self._grant(request_id, coming.body.nbytes)
+        self._look_soon(coming.deadline)
+        self._watch_soon()
+
+    def _grant(self, request_id: int, nbytes: int) -> None:
+        """There is room for more of a request."""
+        self._line.post(self._beside, encode_call(CallMessage.REQUEST_ROOM, request_id, uint(nbytes)))
+        self._watch_soon()
+
+    def _drop(self, request_id: int) -> None:
+        """A body that was collected comes no more, or is whole."""
+        coming = self._coming.pop(request_id, None)
+        if coming is not None:
+            self._held_nbytes -= coming.body.nbytes
+
+    def _run(self, request_id: int, method: str, handler: Handler | Passing, data: bytes, deadline: float | None) -> None:
+        call = Call(self._line.peer, method, deadline)
         try:
             if deadline is not None and deadline <= self._line.loop.time():
                 raise DeadlineExceededError("the request came when nobody waited for it any more")
-            answer = handler(Call(self._line.peer, method, deadline), data)
+            if isinstance(handler, Passing):
+                self._pass_whole(request_id, handler.handler, call, data)
+                return
+            answer = handler(call, data)
             if isinstance(answer, bytes) and len(answer) > SMALL_NBYTES:
                 self._check_answer(len(answer))
         except Exception as error:  # whatever it is, it is this call's
             self._refuse(request_id, method, error)
             return
         if not isinstance(answer, bytes):
-            self._start(request_id, method, answer, len(data), deadline)
+            self._start(request_id, call, answer, len(data))
         elif len(answer) > SMALL_NBYTES:
-            self._keep(self._start(request_id, method, _given(answer), len(data), deadline), len(answer))
+            self._keep(self._start(request_id, call, _given(answer), len(data)), len(answer))
         elif request_id:
             self._line.post(self._channel, encode_response(request_id, answer))
 
-    def _start(self, request_id: int, method: str, answer: Awaitable[bytes], nbytes: int, deadline: float | None) -> _Work:
+    # --- bodies that are passed on
+
+    def _pass_whole(self, request_id: int, handler: PassingHandler, call: Call, data: bytes) -> None:
+        reply = self._reply(request_id)
+        work = self._start(request_id, call, passed(handler, call, Incoming.whole(data), reply), len(data))
+        work.reply = reply
+
+    def _pass_on(self, request_id: int, method: str, handler: PassingHandler, nbytes: int, deadline: float | None) -> None:
+        body, reply = Incoming(nbytes, functools.partial(self._grant, request_id)), self._reply(request_id)
+        call = Call(self._line.peer, method, deadline)
+        rooms = self._room, self._service.room
+        work = self._start(request_id, call, passed_in_turn(handler, call, body, reply, rooms), 0)
+        work.body, work.reply = body, reply
+
+    def _reply(self, request_id: int) -> Reply:
+        return Reply(self._line, self._beside, request_id, functools.partial(self._keep_answer, request_id), self._limits.patience)
+
+    def _keep_answer(self, request_id: int, nbytes: int) -> None:
+        """An answer of this size goes out. Raises: PayloadTooLargeError, QueueFullError."""
+        work = self._work.get(request_id)
+        if work is not None and nbytes > SMALL_NBYTES and not work.unsent_nbytes:
+            self._check_answer(nbytes)
+            self._keep(work, nbytes)
+
+    # --- work
+
+    def _start(self, request_id: int, call: Call, answer: Awaitable[bytes | None], nbytes: int) -> Work:
         number = request_id or next(self._event_numbers)
-        task = self._line.loop.create_task(self._answer(request_id, method, answer))
-        work = self._work[number] = _Work(answer, nbytes, task, deadline)
+        task = self._line.loop.create_task(self._answer(request_id, call.method, answer))
+        work = self._work[number] = Work(call.method, answer, nbytes, task, call.deadline)
         self._held_nbytes += nbytes
-        if deadline is not None and self._sweeping is None:
-            self._sweeping = self._line.loop.call_later(_SWEEP, self._sweep)
+        self._look_soon(call.deadline)
         task.add_done_callback(functools.partial(self._done, number))
         return work
 
     def _check_answer(self, nbytes: int) -> None:
-        most = self.limits.max_reply_nbytes
+        most = self._limits.max_reply_nbytes
         if nbytes > most:
             raise PayloadTooLargeError(f"the answer has {nbytes} bytes; at most {most} are sent: ask for less")
         if self._unsent_nbytes + nbytes > most:
             raise QueueFullError(f"{self._unsent_nbytes} bytes of answers wait for you: take them and try again")
 
-    def _keep(self, work: _Work, nbytes: int) -> None:
+    def _keep(self, work: Work, nbytes: int) -> None:
         """The answer is here until the peer takes it."""
         work.unsent_nbytes = nbytes
         self._unsent_nbytes += nbytes
-
-    def _sweep(self) -> None:
-        """End what nobody waits for any more. The caller takes it back at its deadline; this is for one that can't be heard."""
-        self._sweeping = None
-        timed = [(work.deadline, work) for work in self._work.values() if work.deadline is not None]
-        now = self._line.loop.time()
-        for deadline, work in timed:
-            if deadline <= now:
-                work.is_overdue = True
-                work.task.cancel()
-        if timed:
-            self._sweeping = self._line.loop.call_later(_SWEEP, self._sweep)
 
     def _done(self, number: int, _: asyncio.Task[None]) -> None:
         work = self._work.pop(number)
@@ -282,13 +283,13 @@ class Answers:
         self._unsent_nbytes -= work.unsent_nbytes
         if isinstance(work.answer, CoroutineType):
             work.answer.close()  # one that was cancelled before its first step would be missed
-        if work.is_overdue and work.task.cancelled():
-            self._refuse(number, "", DeadlineExceededError("the answer was not ready within the caller's deadline"))
+        if work.error is not None and work.task.cancelled():
+            self._refuse(number, work.method, work.error)
 
-    async def _answer(self, request_id: int, method: str, answer: Awaitable[bytes]) -> None:
+    async def _answer(self, request_id: int, method: str, answer: Awaitable[bytes | None]) -> None:
         try:
             value = await answer
-            if request_id:
+            if request_id and value is not None:
                 await self._send(request_id, value)
         except Exception as error:  # as above
             self._refuse(request_id, method, error)
@@ -297,23 +298,14 @@ class Answers:
         if len(value) <= SMALL_NBYTES and self._line.is_clear:
             self._line.post(self._channel, encode_response(request_id, value))
             return
-        work = self._work[request_id]
-        if len(value) > SMALL_NBYTES and not work.unsent_nbytes:
-            self._check_answer(len(value))
-            self._keep(work, len(value))
-        if len(value) > PIECE_NBYTES and self._beside.opened and not self._beside.closed:
-            await self._send_pieces(request_id, value)
-        elif len(value) > MESSAGE_NBYTES:
-            raise PayloadTooLargeError(f"the answer has {len(value)} bytes, and a peer that takes no pieces can have {MESSAGE_NBYTES}")
-        else:
-            response = encode_response(request_id, value)
+        reply = self._work[request_id].reply = self._reply(request_id)
+        await reply.begin(len(value))
+        await reply.write(value)
+        whole = await reply.finish()
+        if whole is not None:
+            response = encode_response(request_id, whole)
             if not self._line.post_now(self._channel, response):
                 await self._line.post_large(self._channel, response)
-
-    async def _send_pieces(self, request_id: int, value: bytes) -> None:
-        self._line.post(self._beside, encode_call(CallMessage.RESPONSE, request_id, uint(len(value))))
-        for piece in pieces(value):
-            await self._line.post_large(self._beside, encode_call(CallMessage.RESPONSE_PIECE, request_id, piece))
 
     def _refuse(self, request_id: int, method: str, error: Exception) -> None:
         if not isinstance(error, TetherError):
@@ -323,6 +315,48 @@ class Answers:
             self._line.post(self._channel, encode_error(request_id, error))
         else:
             log.info("an event was refused", peer=self._line.peer, method=method, code=error.code)
+
+    # --- time
+
+    def _look_soon(self, deadline: float | None) -> None:
+        if deadline is not None and self._sweeping is None:
+            self._sweeping = self._line.loop.call_later(_SWEEP, self._sweep)
+
+    def _sweep(self) -> None:
+        """End what nobody waits for any more. The caller takes it back at its deadline; this is for one that can't be heard."""
+        self._sweeping = None
+        now = self._line.loop.time()
+        deadlines = {number: work.deadline for number, work in self._work.items()}
+        deadlines |= {number: coming.deadline for number, coming in self._coming.items()}
+        timed = {number: deadline for number, deadline in deadlines.items() if deadline is not None}
+        for number, deadline in timed.items():
+            if deadline <= now:
+                self._stop(number, DeadlineExceededError("the answer was not ready within the caller's deadline"))
+        if timed:
+            self._sweeping = self._line.loop.call_later(_SWEEP, self._sweep)
+
+    def _watch_soon(self) -> None:
+        if self._watching is None:
+            self._watching = self._line.loop.call_later(self._limits.patience, self._watch)
+
+    def _watch(self) -> None:
+        """End calls of which nothing comes: they keep others from their room."""
+        self._watching = None
+        awaited = self._coming.keys() | {number for number, work in self._work.items() if work.body is not None and work.body.is_awaited}
+        for number in self._stalls.look(awaited, self._arrived_nbytes):
+            self._stop(number, RequestTimeoutError(f"the body did not come within {self._limits.patience:g} s: send it without pauses"))
+        if awaited:
+            self._watch_soon()
+
+    def _stop(self, number: int, error: TetherError) -> None:
+        """A call is ended from here, and its caller told why."""
+        work = self._work.get(number)
+        if work is not None:
+            work.stop(error)
+        elif number in self._coming:
+            method = self._coming[number].method
+            self._drop(number)
+            self._refuse(number, method, error)
 
 
 async def _given(answer: bytes) -> bytes:

@@ -12,6 +12,10 @@ The other channel (`tether/1/calls`), which a plain peer rejects and does withou
     1 | uint id                              the request is taken back, with its body and answer
     2 | uint id | uint nbytes | string method    a request whose body comes in pieces      3 | uint id | bytes    one of them
     4 | uint id | uint nbytes                the answer comes in pieces                     5 | uint id | bytes    one of them
+    6 | uint id | uint nbytes                there is room for so many bytes more of the request's body
+    7 | uint id | uint nbytes                … of the answer
+
+Of a request over 1 MiB nothing is sent before the first 6, of an answer 1 MiB before the first 7 (`bodies.AHEAD_NBYTES`).
 """
 
 from __future__ import annotations
@@ -69,11 +73,13 @@ class CallMessage(enum.IntEnum):
     REQUEST_PIECE = 3
     RESPONSE = 4
     RESPONSE_PIECE = 5
+    REQUEST_ROOM = 6
+    RESPONSE_ROOM = 7
 
 
-def encode_call(kind: CallMessage, request_id: int, rest: bytes | memoryview = b"") -> bytes:
+def encode_call(kind: CallMessage, request_id: int, *rest: bytes | memoryview) -> bytes:
     """A message of our own channel; `rest` is what follows the id."""
-    return b"".join((uint(kind), uint(request_id), rest))
+    return b"".join((uint(kind), uint(request_id), *rest))
 
 
 def encode_method(method: str) -> bytes:

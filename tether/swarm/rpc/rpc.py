@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import assert_never
 
 from tether.errors import ForbiddenError, ProtocolError, ServiceUnavailableError, TetherError
 from tether.ports import MessageStream
-from tether.swarm.rpc.answers import Answers, Authorise, Call, Handler, RpcLimits, Service
+from tether.swarm.rpc.answers import Answers
+from tether.swarm.rpc.bodies import Chunk, Incoming, Outgoing, Piece
 from tether.swarm.rpc.calls import Calls
 from tether.swarm.rpc.messages import CALLS, PROTOCOL, REQUEST, RESPONSE, CallMessage
+from tether.swarm.rpc.replies import Reply
+from tether.swarm.rpc.service import Authorise, Call, Handler, RpcLimits, Service
 from tether.swarm.wire.line import Line
 from tether.swarm.wire.protomux import Asked, Channel, Closed, Event, Opened, Received
 
-__all__ = ["Authorise", "Call", "Handler", "RpcConnection", "RpcLimits", "Service"]
+__all__ = ["Authorise", "Call", "Chunk", "Handler", "Incoming", "Outgoing", "Piece", "Reply", "RpcConnection", "RpcLimits", "Service"]
 
 
 class RpcConnection:
@@ -50,7 +55,7 @@ class RpcConnection:
         """Calls of the peer that are being worked on."""
         return len(self._answers)
 
-    async def request(self, method: str, value: bytes = b"", timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (it also goes to the peer)
+    async def request(self, method: str, value: bytes | Outgoing = b"", timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (it also goes to the peer)
         """What the peer's method answers. Cancelled, or not answered within `timeout` seconds, the peer stops working on it.
 
         Raises: what the peer's handler raised of Tether's errors; UnknownMethodError; PeerFailedError: any other error of the peer;
@@ -59,6 +64,17 @@ class RpcConnection:
         await self._check_open()
         return await self._calls.request(method, value, timeout)
 
+    @asynccontextmanager
+    async def exchange(self, method: str, value: bytes | Outgoing, timeout: float | None = None) -> AsyncIterator[Incoming]:  # noqa: ASYNC109 (as above)
+        """As `request`, with an answer that is taken as it comes; who leaves before its end takes the request back.
+
+        Nothing of an `Outgoing` over 1 MiB is taken from its source before the peer has said that it may be sent. Raises: as `request`,
+        from the first byte of the answer to the last.
+        """
+        await self._check_open()
+        async with self._calls.exchange(method, value, timeout) as answer:
+            yield answer
+
     async def event(self, method: str, value: bytes = b"") -> None:
         """Call without an answer; nobody hears whether it was taken. Raises: ServiceUnavailableError, PayloadTooLargeError."""
         await self._check_open()
@@ -66,7 +82,7 @@ class RpcConnection:
 
     def allow(self, limits: RpcLimits) -> None:
         """Other limits from now on: what the peer may do has changed. How large an answer to us may be stays as it was."""
-        self._answers.limits = limits
+        self._answers.allow(limits)
         self._line.max_unread_nbytes = limits.max_unread_nbytes
 
     async def wait_closed(self) -> None:
@@ -124,6 +140,10 @@ class RpcConnection:
                 self._calls.on_begin(event.body)
             case CallMessage.RESPONSE_PIECE:
                 self._calls.on_piece(event.body)
+            case CallMessage.REQUEST_ROOM:
+                self._calls.on_room(event.body)
+            case CallMessage.RESPONSE_ROOM:
+                self._answers.on_room(event.body)
             case _:
                 raise ProtocolError(f"a message of type {event.type} on the channel {CALLS}")
 

@@ -19,6 +19,8 @@ __all__ = ["Udx"]
 _MAX_LINGERING = 4096
 """Closed streams that still answer. Beyond it the oldest is forgotten: many short streams must not fill memory."""
 _FAMILIES = {4: sockets.AF_INET, 6: sockets.AF_INET6}
+_KEPT_NBYTES = 8 << 20
+"""Two windows."""
 
 
 class Udx:
@@ -37,6 +39,7 @@ class Udx:
         `gso`, `gro`: use the kernel's batches where it has them. `clock`: monotonic; not the loop's own, which under uvloop stands still
         within a turn and has milliseconds only.
         """
+        _keep_freed_memory()
         self.loop = loop or asyncio.get_running_loop()
         self.gso = gso
         self.gro = gro
@@ -107,3 +110,12 @@ class Udx:
         except Exception as error:
             self.loop.call_exception_handler({"message": "a callback of a UDX stream or socket failed", "exception": error})
             return otherwise
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc hold on to what batches leave when they are acknowledged.
+
+    At first it gives back whatever over 128 KiB is free at the heap's end, and the next batch takes the pages anew: 9 faults each, a third
+    of what sending cost. It moves both of its thresholds when a block that it had mapped is freed; this one is never touched.
+    """
+    bytes(_KEPT_NBYTES)

@@ -1,4 +1,4 @@
-"""Pure: what the application wrote and is not sent yet, cut into batches of packets without being copied more than once."""
+"""Pure: what the application wrote and is not sent yet."""
 
 from __future__ import annotations
 
@@ -35,18 +35,6 @@ class Outbox:
             parts.append(self._part(missing))
             missing -= len(parts[-1])
         return b"".join(parts)
-
-    def packets(self, count: int, each: int) -> list[Buffer]:
-        """The next bytes as at most `count` payloads of `each`, the last maybe shorter. Only what lies in two pieces is copied."""
-        found: list[Buffer] = []
-        while len(found) < count and self._pieces:
-            whole = min(len(self._pieces[0]) // each, count - len(found))
-            if whole:
-                view = memoryview(self._part(whole * each))
-                found += [view[at : at + each] for at in range(0, whole * each, each)]
-            else:
-                found.append(self.take(each))
-        return found
 
     def clear(self) -> None:
         """Forget what waits."""

@@ -289,16 +289,16 @@ class Sender:
         if padding:
             self._send_probe(padding, now)
         else:
-            self._send(self._outbox.packets(count, payload), nbytes, now)
+            self._send(self._outbox.take(count * payload), count, now)
         return count
 
-    def _send(self, payloads: list[Buffer], queued_nbytes: int, now: float) -> None:
+    def _send(self, data: Buffer, count: int, now: float) -> None:
         flight, receiver, payload = self.flight, self._receiver, self.mtu.payload_nbytes
-        packets = wire.build_batch((self.remote_id, receiver.window(), flight.next, receiver.next), payloads)
-        batch = Batch(flight.next, len(payloads), packets, self.path, now)
-        if len(payloads) > 1:
+        packets = wire.build_batch((self.remote_id, receiver.window(), flight.next, receiver.next), data, payload)
+        batch = Batch(flight.next, count, packets, self.path, now)
+        if count > 1:
             batch.nbytes = payload + wire.HEADER_NBYTES
-        batch.payload_nbytes, batch.data_nbytes = payload, queued_nbytes - self._outbox.nbytes
+        batch.payload_nbytes, batch.data_nbytes = payload, len(data)
         self._launch(batch)
 
     def _send_probe(self, padding: int, now: float) -> None:

@@ -5,7 +5,7 @@
 Little endian, 20 bytes. `seq` counts packets, `ack` is the next one expected, `window` the bytes the sender of this packet can still
 take. With SACK pairs (start, end) of what came above `ack` follow, with DATA the payload, behind `data offset` bytes of padding or pairs.
 Numbers on the wire are 32 bits of unbounded ones (`unwrap`). Batches are packets of one size but for the last, as UDP_SEGMENT and
-UDP_GRO have them: a batch is built and read by one struct, since per packet Python would be five times as slow.
+UDP_GRO have them: a batch is built by NumPy and read by one struct, since per packet Python would be five times as slow.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 __all__ = [
     "DATA",
@@ -50,6 +53,8 @@ _HEADER = struct.Struct("<BBBBIIII")
 _PLAIN_DATA = _MAGIC | _VERSION << 8 | DATA << 16
 """First word of a data packet without padding."""
 _PLAIN_ACK = _MAGIC | _VERSION << 8
+_MANY = 12
+"""Packets from which on NumPy, which takes 7 µs to begin, is quicker."""
 _MASK = 0xFFFFFFFF
 _HALF = 0x80000000
 
@@ -63,11 +68,6 @@ Run = tuple[int, int, int, int, int, tuple[bytes, ...]]
 @lru_cache(256)  # a struct of 60 packets has 11 KB: a stranger who varies sizes must not fill memory with them
 def _run_struct(nbytes: int, count: int) -> struct.Struct:
     return struct.Struct("<" + f"IIIII{nbytes - HEADER_NBYTES}s" * count)
-
-
-@lru_cache(256)
-def _headers_struct(count: int) -> struct.Struct:
-    return struct.Struct(f"{HEADER_NBYTES}s" * count)
 
 
 @lru_cache(256)
@@ -140,20 +140,38 @@ def build_ack(stream_id: int, window: int, seq: int, ack: int, blocks: Sequence[
     return build_packet(SACK, stream_id, window, seq, ack) + _numbers_struct(len(numbers)).pack(*numbers)
 
 
-def build_batch(head: tuple[int, int, int, int], payloads: list[Buffer]) -> bytearray:
-    """Plain data packets in a row. `head`: stream id, window, seq of the first, ack."""
+def build_batch(head: tuple[int, int, int, int], data: Buffer, each: int) -> bytearray:
+    """Plain data packets in a row, with `each` bytes of the data, the last one with what is left.
+
+    `head`: stream id, window, seq of the first, ack.
+    """
+    count = -(-len(data) // each)
+    if count < _MANY:
+        stream_id, window, seq, ack = head
+        view = memoryview(data)
+        parts: list[Buffer] = []
+        for index in range(count):
+            parts += build_packet(DATA, stream_id, window, seq + index, ack), view[index * each : (index + 1) * each]
+        return bytearray().join(parts)
+    headers = _headers(head, count)
+    full = count - 1
+    size = HEADER_NBYTES + each
+    batch = bytearray(count * HEADER_NBYTES + len(data))
+    rows = np.frombuffer(batch, np.uint8, full * size).reshape(full, size)
+    rows[:, :HEADER_NBYTES] = headers[:full]
+    rows[:, HEADER_NBYTES:] = np.frombuffer(data, np.uint8, full * each).reshape(full, each)
+    batch[full * size : full * size + HEADER_NBYTES] = headers[full].tobytes()
+    batch[full * size + HEADER_NBYTES :] = memoryview(data)[full * each :]
+    return batch
+
+
+def _headers(head: tuple[int, int, int, int], count: int) -> npt.NDArray[np.uint8]:
+    """Of plain data packets, a row each."""
     stream_id, window, seq, ack = head
-    count = len(payloads)
-    headers = bytearray(_HEADER.pack(_MAGIC, _VERSION, DATA, 0, stream_id, window, 0, ack & _MASK) * count)
-    low = seq & _MASK
-    numbers = range(low, low + count) if low + count <= _MASK else [number & _MASK for number in range(low, low + count)]
-    packed = _numbers_struct(count).pack(*numbers)
-    for index in range(4):  # byte by byte of the number, all packets at once
-        headers[12 + index :: HEADER_NBYTES] = packed[index::4]
-    parts: list[Buffer] = [b""] * (2 * count)
-    parts[0::2] = _headers_struct(count).unpack(headers)
-    parts[1::2] = payloads
-    return bytearray().join(parts)
+    words = np.empty((count, HEADER_NBYTES // 4), "<u4")
+    words[:] = _PLAIN_DATA, stream_id, window, 0, ack & _MASK
+    words[:, 3] = np.arange(seq & _MASK, (seq & _MASK) + count)  # what is over 32 bits falls off
+    return words.view(np.uint8)
 
 
 def refresh(wire: bytearray, at: int, window: int, ack: int) -> None:

@@ -1,4 +1,4 @@
-"""One gateway's connection to a model's thread: frames in, replies out, its ring. Nothing here waits long for a gateway."""
+"""One gateway's connection to whoever answers its hops: frames in, replies out, its ring. Nothing here waits long for a gateway."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _PATIENCE_MS = 50
 waited for again until it has taken what it owes: the model's other gateways are waiting too."""
 _OWED_NBYTES = 256 << 20
 """Replies kept for a gateway that does not read; past this it is dropped, and asks another worker when it wakes."""
+_MOST_OWED_NBYTES = 2 << 30
+"""For one that reads: a single reply may have as much as a frame, and several models' answers may come at once."""
 
 
 class Connection:
@@ -59,17 +61,18 @@ class Connection:
             finally:
                 os.close(fds[0])
 
-    def flush(self) -> None:
+    def flush(self, patience_ms: int = _PATIENCE_MS) -> None:
         """Send the replies that were written; what the gateway does not take now is owed. Raises: OSError: it is gone, or takes nothing."""
         if self.writer:
             awake = not self._owed
             for part in self.writer.take():
                 self._owed.append(memoryview(part))
                 self._owed_nbytes += len(part)
-            self.send(_PATIENCE_MS if awake else 0)
+            self.send(patience_ms if awake else 0)
 
     def send(self, patience_ms: int = 0) -> None:
         """Send what is owed, as far as the gateway takes it."""
+        before = self._owed_nbytes
         while self._owed:
             try:
                 sent = self.socket.send(self._owed[0])
@@ -81,7 +84,7 @@ class Connection:
             rest = self._owed.popleft()[sent:]
             if rest:
                 self._owed.appendleft(rest)
-        if self._owed_nbytes > _OWED_NBYTES:
+        if self._owed_nbytes > (_OWED_NBYTES if self._owed_nbytes == before else _MOST_OWED_NBYTES):
             raise ConnectionResetError
 
     def _writable(self, patience_ms: int) -> bool:

@@ -1,0 +1,61 @@
+"""Who gets a copy: the lab's own workers, and lent ones for what too few of those can hold."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tether.orchestrator.placement import Candidate, place
+
+
+def worker(name, models=0, **more):
+    """As the lab's own, idle and able."""
+    return Candidate(name, **({"loaded": False, "loading": False, "able": True, "lent": False} | more), models=models)
+
+
+def lent(name, **more):
+    return worker(name, lent=True, **more)
+
+
+def test_a_lent_worker_gets_nothing_while_enough_of_the_lab_can_hold_it():
+    assert place([lent("b"), worker("w1"), worker("w2")], 2) == ["w1"]
+    assert place([lent("b"), worker("w1", loaded=True), worker("w2", loading=True)], 2) == []
+    assert place([lent("b"), worker("w1", loaded=True), worker("w2", 7)], 2) == ["w2"]
+
+
+def test_a_lent_worker_gets_the_copy_that_the_lab_has_no_worker_for():
+    assert place([lent("b"), worker("w1")], 2) == ["w1"]
+    assert place([lent("b"), worker("w1", loaded=True)], 2) == ["b"]
+    assert place([lent("b"), worker("w1", able=False)], 2) == ["b"]
+    assert place([lent("b"), lent("c", models=1)], 2) == ["b"]
+    assert place([lent("b", loaded=True), lent("c", models=1)], 2) == ["c"]
+
+
+def test_the_lab_takes_its_copies_though_lent_workers_have_some():
+    assert place([lent("b", loaded=True), lent("c", loaded=True), worker("w1"), worker("w2")], 2) == ["w1", "w2"]
+    assert place([lent("b", loading=True), worker("w1")], 2) == ["w1"]
+
+
+Candidates = st.lists(
+    st.builds(worker, st.just(""), st.integers(0, 3), loaded=st.booleans(), loading=st.booleans(), able=st.booleans(), lent=st.booleans())
+)
+
+
+@given(Candidates, st.integers(1, 4))
+def test_no_more_than_is_missing_and_lent_ones_last(drawn, copies):
+    candidates = [
+        Candidate(f"w{number}", each.loaded, each.loading, each.able, each.models, each.lent) for number, each in enumerate(drawn)
+    ]
+    by_name = {each.address: each for each in candidates}
+    chosen = [by_name[address] for address in place(candidates, copies)]
+    wanted = copies if any(each.loaded for each in candidates) else 1
+    assert len(set(chosen)) == len(chosen)
+    assert all(each.able and not each.has for each in chosen)
+    for kind in (True, False):
+        having = sum(each.has for each in candidates if each.lent is kind)
+        asked = sum(each.lent is kind for each in chosen)
+        assert asked == 0 or having + asked <= wanted
+    able = sum(each.has or each.able for each in candidates if not each.lent)
+    if any(each.lent for each in chosen):
+        assert able < wanted
+    elif not chosen:
+        could = [each for each in candidates if each.able and not each.has]
+        assert all(each.lent for each in could) or sum(each.has for each in candidates if not each.lent) >= wanted
