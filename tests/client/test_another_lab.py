@@ -1,5 +1,6 @@
 """What a newcomer types for another lab: the nodes by which the swarm is entered, and what a refusal tells of what to ask for."""
 
+import asyncio
 import re
 
 import psutil
@@ -12,6 +13,7 @@ from tether.client.own_manager import OwnManager, dismiss
 from tether.config import DataFolder
 from tether.errors import ConfigError, ForbiddenError
 from tether.security.addresses import Address
+from tether.wire.heads import joined
 
 SECONDS = 30.0
 NOWHERE = "127.0.0.1:9"
@@ -44,6 +46,26 @@ async def test_a_manager_that_is_started_for_a_call_enters_the_swarm_by_the_node
     finally:
         await own.aclose()
         await dismiss(folder, SECONDS)
+
+
+async def test_a_call_to_a_manager_that_is_about_to_end_leaves_those_that_it_still_works_on(far, folder):
+    far.allow("infer")
+    answer = far.loop.create_future()
+    far.respond("ping", answer)
+    own = OwnManager(folder)
+    long = asyncio.create_task(own.request("peer/call", joined({"peer": LAB.public, "method": "ping"}), SECONDS))
+    async with asyncio.timeout(SECONDS):
+        while not far.answering.working:  # noqa: ASYNC110 (another loop's)
+            await asyncio.sleep(0.01)
+    before = far.door
+    ending = far.run(far.begin_to_end())
+    assert b"pid" in await own.request("door/hello", timeout=SECONDS)
+    assert (before.clients, far.door.clients) == (1, 1)
+    far.loop.call_soon_threadsafe(answer.set_result, b"done")
+    assert await long == b"done"
+    await own.aclose()
+    far.run(asyncio.wait_for(ending, SECONDS))
+    assert before.clients == 0
 
 
 def test_a_refusal_names_the_scope_to_ask_for(far, folder):

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,16 +13,19 @@ from aiohttp import web
 
 from tether.config import DataFolder
 from tether.errors import (
+    ConfigError,
     ForbiddenError,
     LoadFailedError,
     NotFoundError,
     NoWorkerError,
     PeerUnreachableError,
+    ServiceUnavailableError,
     UnknownModelError,
     UnsupportedError,
 )
 from tether.gateway.transport import UnixTransport
 from tether.manager.operations import Operations
+from tether.manager.peering import own_workers
 from tether.manager.peering.gateway import Gateway
 from tether.manager.peering.lines import Lines
 from tether.manager.peering.members import Members
@@ -392,3 +397,105 @@ async def test_one_that_is_not_there_or_has_no_worker_is_not_remembered(labs):
     with pytest.raises(NoWorkerError):
         await his.call("lend", hers.key)
     assert not his.lines.lends
+
+
+def held_back(hers):
+    """Her questions wait: whether there was one, and what lets them go on."""
+    asked, go, request = asyncio.Event(), asyncio.Event(), hers.lines.borrower._request
+
+    async def slowly(*arguments):
+        asked.set()
+        await go.wait()
+        return await request(*arguments)
+
+    hers.lines.borrower._request = slowly
+    return asked, go
+
+
+async def test_who_lends_again_is_told_how_it_is_now_and_not_what_was_wrong_before(labs):
+    hers, his = labs
+    await his.call("lend", hers.key)
+    hers.operations.access.revoke(his.key)
+    hers.lines.less(his.key)
+    async with asyncio.timeout(PATIENCE):
+        while not (await his.call("lendings"))[0]["error"]:  # noqa: ASYNC110 (as in `until`)
+            await asyncio.sleep(0.01)
+    hers.allow(his, "register")
+    assert (await his.call("lend", hers.key))["state"] == "registered"
+
+
+async def test_other_terms_are_not_confirmed_by_the_answer_to_those_before(labs):
+    hers, his = labs
+    asked, go = held_back(hers)
+    first = asyncio.create_task(his.call("lend", hers.key, "dig*", 5))
+    await asked.wait()
+    second = asyncio.create_task(his.call("lend", hers.key, "*", 7))
+    await until(lambda: his.lines.loans.terms[hers.key] == "*")
+    go.set()
+    assert [(loan["models"], loan["slots"]) for loan in await asyncio.gather(first, second)] == [("*", 7)] * 2
+    assert hers.told[-1][0].slots == 7
+
+
+async def test_what_fails_when_nobody_waits_for_it_any_more_is_no_bug_in_the_log(labs):
+    hers, his = labs
+    model, unheard = hers.publish("digits"), []
+    await his.call("lend", hers.key)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    wanted = json.dumps({"model": "digits", "version": 1, "digest": model.digest, "load": True, "wait": 0}).encode()
+    assert json.loads(await hers.node.request(his.key, "capacity", wanted, PATIENCE))["error"] is None
+    await until(lambda: not his.lines._readying._jobs)  # she gives it only what she has asked to be loaded
+    his.cluster.reason = "load_failed: the memory is full"
+    loading = asyncio.create_task(load(hers, model))
+    await until(lambda: hers.lines.borrower._loading)
+    loading.cancel()
+    await until(lambda: not hers.lines.borrower._loading)
+    del loading
+    gc.collect()
+    assert unheard == []
+
+
+async def test_a_worker_that_dies_while_it_loads_is_waited_for_as_long_as_one_that_has_not_begun(monkeypatch):
+    monkeypatch.setattr(own_workers, "_PLACED", 1.0)
+    monkeypatch.setattr(own_workers, "_AT_LAST", 0.05)
+    clock, began = asyncio.get_running_loop().time, asyncio.get_running_loop().time()
+    seen = set()
+
+    class Dies(Cluster):
+        async def want(self, model):  # noqa: ARG002 (as of the others)
+            state = "loading" if not seen or clock() < began + 1.2 else "unloaded" if "unloaded" not in seen else "ready"
+            seen.add(state)
+            return state, ""
+
+    await own_workers.OwnWorkers(Dies(1)).load(ModelVersion("digits", 1, "0" * 64))
+    assert seen == {"loading", "unloaded", "ready"}
+
+
+async def test_who_registers_while_the_other_lab_leaves_the_swarm_is_not_taken(labs):
+    hers, his = labs
+    asked, go = held_back(hers)
+    lending = asyncio.create_task(his.call("lend", hers.key))
+    await asked.wait()
+    await hers.lines.aclose()
+    go.set()
+    with pytest.raises(ServiceUnavailableError, match="leaves the swarm"):
+        await lending
+    assert hers.told == []
+
+
+async def test_a_version_whose_socket_cannot_be_made_is_not_open_to_who_would_have_run_it(labs):
+    hers, his = labs
+    model = hers.publish("digits")
+    await his.call("lend", hers.key)
+    shutil.rmtree(hers.data.runtime)
+    with pytest.raises(ConfigError):
+        await load(hers, model)
+    assert hers.lines.loans.given == {}
+
+
+async def test_what_is_lent_is_no_reason_to_be_on_the_swarm_where_there_are_no_workers(labs):
+    hers, his = labs
+    await his.call("lend", hers.key)
+    assert his.lines.lends
+    alone = Lines(his.operations, his.data)
+    alone.join(None, his.told.append)
+    assert not alone.lends

@@ -31,6 +31,8 @@ class Door:
                 return refusal(PayloadTooLargeError("too much"))
             case "sleeps":
                 await self.go_on.wait()
+            case "hesitates":
+                return await in_two(request, encode_error(PayloadTooLargeError("too much")))
         try:
             async for chunk in request.content.iter_any():
                 self.came += len(chunk)
@@ -54,6 +56,15 @@ class Door:
 
 def refusal(error):
     return web.Response(status=error.http_status, body=encode_error(error), content_type="application/json")
+
+
+async def in_two(request, body):
+    answer = web.StreamResponse(status=413, headers={"Content-Length": str(len(body))})
+    await answer.prepare(request)
+    for part in (body[:5], body[5:]):
+        await answer.write(part)
+        await asyncio.sleep(0.05)
+    return answer
 
 
 @contextlib.asynccontextmanager
@@ -123,6 +134,13 @@ async def test_a_refusal_comes_before_the_body_is_through(door):
             async with asyncio.timeout(PATIENCE), gateway.infer(("refuses", ""), b"{}", upload.body, None):
                 pass
     assert upload.sent <= 12 * MIB
+
+
+async def test_a_refusal_that_comes_in_parts_is_the_same(door):
+    async with served(door) as gateway:
+        with pytest.raises(PayloadTooLargeError, match=r"^too much$"):
+            async with gateway.infer(("hesitates", ""), b"{}", Incoming.whole(b""), PATIENCE):
+                pass
 
 
 async def test_an_answer_that_breaks_off_is_said(door):

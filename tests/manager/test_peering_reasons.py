@@ -6,7 +6,7 @@ import contextlib
 import pytest
 
 from tether.config import DataFolder
-from tether.errors import EngineError, MissingDependencyError, UnsupportedError
+from tether.errors import EngineError, MissingDependencyError, NotWriterError, UnsupportedError
 from tether.manager.asking import asked_alone
 from tether.manager.membership import Signal
 from tether.manager.operations import Operations
@@ -116,6 +116,74 @@ async def test_what_is_kept_of_others_is_a_reason_and_needs_nothing_read(lab):
     lab.peering._subscriptions.add(PEER.public, "digits")
     assert lab.is_wanted()
     assert lab.reads == reads
+
+
+# --- leaving
+
+
+class SlowPresence:
+    """Takes its time to leave."""
+
+    def __init__(self):
+        self.begun = self.closed = 0
+        self.leaves, self.may_go = asyncio.Event(), asyncio.Event()
+
+    async def begin(self, *_):
+        self.begun += 1
+        return self
+
+    def changed(self):
+        pass
+
+    async def aclose(self):
+        self.leaves.set()
+        await self.may_go.wait()
+        self.closed += 1
+
+
+@pytest.fixture
+def slow(lab, monkeypatch):
+    presence = SlowPresence()
+    monkeypatch.setattr(peering.Presence, "begin", presence.begin)
+    monkeypatch.setattr(peering, "_LOOK", 0.01)
+    monkeypatch.setattr(Peering, "_weigh", lambda *_: None)
+    monkeypatch.setattr(engine, "check_installed", lambda: None)
+    monkeypatch.setattr(peering, "check_installed", lambda: None)
+    lab.registry.invite(SCOPES, uses=1)
+    return presence
+
+
+async def test_a_writer_that_lost_the_lease_and_is_ended_while_it_leaves_the_swarm_leaves_to_the_end(lab, slow):
+    serving = [True]
+    running = asyncio.create_task(lab.peering.run(lambda: serving[0]))
+    async with asyncio.timeout(10):
+        while not slow.begun:  # noqa: ASYNC110 (it is told to nobody)
+            await asyncio.sleep(0.01)
+        serving[0] = False
+        await slow.leaves.wait()
+        running.cancel()
+        await asyncio.sleep(0.05)
+        assert not running.done()
+        slow.may_go.set()
+        await asyncio.gather(running, return_exceptions=True)
+    assert running.cancelled()
+    assert slow.closed == slow.begun == 1
+
+
+async def test_a_call_that_comes_while_the_process_leaves_the_swarm_does_not_bring_it_back(lab, slow):
+    running = asyncio.create_task(lab.peering.run(lambda: True))
+    async with asyncio.timeout(10):
+        await asyncio.sleep(0)
+        await lab.peering._present()
+        running.cancel()
+        await slow.leaves.wait()
+        joining = asyncio.create_task(lab.peering.join(str(Address(PEER.public))))
+        await asyncio.sleep(0)
+        slow.may_go.set()
+        await asyncio.gather(running, return_exceptions=True)
+        with pytest.raises(NotWriterError):
+            await joining
+    assert slow.closed == slow.begun == 1
 
 
 # --- what people are told

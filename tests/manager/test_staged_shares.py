@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -144,3 +145,25 @@ async def test_many_at_once_do_not_get_past_the_bound(shares, store):
     done = await asyncio.gather(*(stage(shares, store, ALICE, blob(number)) for number in range(12)), return_exceptions=True)
     assert [type(each) for each in done].count(StagingFullError) == 8
     assert shares.nbytes(ALICE) == 4 * MIB
+
+
+async def test_a_peer_that_leaves_while_its_blob_is_counted_owes_nothing_for_it(shares, store, monkeypatch):
+    begun, may_go, missing = threading.Event(), threading.Event(), store.missing
+
+    def slow(digests):
+        begun.set()
+        may_go.wait(10)
+        return missing(digests)
+
+    monkeypatch.setattr(store, "missing", slow)
+    staging = asyncio.create_task(stage(shares, store, ALICE, blob(1)))
+    await asyncio.to_thread(begun.wait, 10)
+    staging.cancel()
+    await asyncio.gather(staging, return_exceptions=True)
+    may_go.set()
+    monkeypatch.setattr(store, "missing", missing)
+    async with asyncio.timeout(10):
+        while not shares._path.exists() or shares.nbytes(ALICE) or shares._coming:  # noqa: ASYNC110 (it is told to nobody)
+            await asyncio.sleep(0.001)
+    await stage(shares, store, ALICE, blob(1))
+    assert shares.nbytes(ALICE) == MIB

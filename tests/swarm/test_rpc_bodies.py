@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from tether.errors import (
     UnknownModelError,
 )
 from tether.swarm.rpc.bodies import Allowance, Cutter, Incoming, Outgoing, Room
-from tether.swarm.rpc.messages import CALLS, PROTOCOL, CallMessage, encode_call
+from tether.swarm.rpc.messages import CALLS, PROTOCOL, CallMessage, encode_call, encode_response
 from tether.swarm.rpc.rpc import RpcConnection, RpcLimits, Service
 from tether.swarm.wire.compact import string, uint
 from tether.swarm.wire.pieces import PIECE_NBYTES
@@ -295,6 +296,16 @@ class TestEnds:
             await pair.caller.request("zeros", b"%d %d" % (20 * MIB, 3 * MIB), PATIENCE)
         assert lab.ended == 2
 
+    async def test_a_bug_in_the_source_of_a_body_is_in_the_log_that_the_error_speaks_of(self, pair):
+        async def broken():
+            yield CHUNK * 8
+            raise KeyError("a bug")
+
+        with structlog.testing.capture_logs() as logs, pytest.raises(InternalError, match="the log has the traceback"):
+            await pair.caller.request("count", Outgoing(20 * MIB, broken()), PATIENCE)
+        assert [(entry["peer"], repr(entry["exc_info"])) for entry in logs] == [(RESPONDER, "KeyError('a bug')")]
+        await pair.is_idle()
+
     async def test_a_lost_connection_ends_both_halves(self, pair, lab):
         call = asyncio.create_task(pair.caller.request("held", Source(20 * MIB).outgoing(), PATIENCE))
         async with pair.caller.exchange("zeros", b"%d" % (20 * MIB), PATIENCE) as answer:
@@ -373,6 +384,23 @@ class TestRoom:
                 async for _ in answer:
                     pass
         await pair.is_idle()
+        pair.close()
+
+    async def test_who_reads_nothing_at_all_while_it_is_answered_is_cut(self, lab):
+        pair = Pair(lab, RpcLimits(patience=0.2))
+        async with pair.caller.exchange("zeros", b"%d" % (100 * MIB), PATIENCE):
+            pair.near.pause()
+            await until(lambda: pair.answerer.is_closed)
+            assert "took nothing" in str(pair.answerer._line.error)
+            await until(lambda: not pair.answerer.working)
+            assert pair.answers._unsent_nbytes == 0
+        pair.close()
+
+    async def test_an_answer_that_would_be_kept_whole_has_a_bound_of_its_own(self, lab):
+        pair = Pair(lab)
+        with pytest.raises(PayloadTooLargeError, match="at most"):
+            await pair.caller.request("zeros", b"%d" % (200 * MIB), PATIENCE)
+        assert await pair.caller.request("small", b"x") == b"x"
         pair.close()
 
     async def test_a_long_body_that_comes_is_not_taken_for_one_that_stalls(self, lab):
@@ -457,6 +485,24 @@ class TestStrangers:
         await until(lambda: stranger.connection.is_closed)
         assert isinstance(stranger.connection._line.error, ProtocolError)
         await until(lambda: lab.ended)
+
+    async def test_who_answers_in_pieces_and_whole_is_cut_and_nobody_waits_for_the_rest(self, lab):
+        stranger = Stranger(lab)
+        await until(lambda: stranger.beside.opened)
+
+        async def taken():
+            async with stranger.connection.exchange("any", b"") as answer:
+                return [chunk async for chunk in answer]
+
+        call = asyncio.create_task(taken())
+        await until(lambda: stranger.connection.in_flight)
+        stranger.say(encode_call(CallMessage.RESPONSE, 1, uint(2 * MIB)))
+        stranger.mux.send(stranger.channel, encode_response(1, b"whole"))
+        stranger.say()
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(ProtocolError, match="comes whole, too"):
+                await call
+        assert stranger.connection.is_closed
 
     async def test_room_for_what_is_not_sent_means_nothing(self, lab):
         stranger = Stranger(lab)

@@ -75,6 +75,22 @@ def test_what_batches_cost_that_few_requests_left_half_empty_is_not_taken_for_th
     assert usual(served(sizes, cost)) == before
 
 
+@pytest.mark.parametrize("most", [1, 5, 20, 40, 300])
+def test_what_a_model_cannot_run_at_once_is_tried_seldom_and_what_it_can_is_used(most):
+    sizes, failed, rows = BatchSizes(LATENCY), 0, []
+    for _ in range(1000):
+        rows.append(sizes.most_rows(KEY))
+        if rows[-1] <= most:
+            sizes.ran(KEY, rows[-1], 0.002 + 0.00001 * rows[-1], is_full=True)
+            continue
+        failed += 1
+        for _ in range(rows[-1]):
+            sizes.ran(KEY, 1, 0.00201, is_full=True)
+        sizes.failed(KEY, rows[-1])
+    assert failed <= 30
+    assert usual(rows) == 1 << most.bit_length() - 1
+
+
 def test_shapes_are_learned_apart_and_their_number_is_bounded():
     sizes = BatchSizes(LATENCY)
     served(sizes, lambda rows: 0.007 * rows)

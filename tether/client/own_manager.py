@@ -38,6 +38,8 @@ class OwnManager:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening = asyncio.Lock()
         self._connection: RpcConnection | None = None
+        self._ending: set[RpcConnection] = set()
+        """To managers that take no more calls, and still work on some."""
 
     async def request(self, method: str, value: bytes | Outgoing = b"", timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (it also goes to the manager)
         """What a method of the door (manager/peering/door.py) answers. A call that was made is not repeated: it may have been heard.
@@ -51,7 +53,7 @@ class OwnManager:
             try:
                 return await connection.request(method, value, timeout)
             except ManagerLeavingError:
-                connection.destroy()  # it did nothing, and the next one is another
+                self._part(connection)  # it did nothing, and the next one is another
             except ServiceUnavailableError as error:
                 if not connection.is_closed:
                     raise
@@ -65,24 +67,37 @@ class OwnManager:
 
     async def aclose(self) -> None:
         """Close the connection; a second call does nothing. The manager ends by itself, a while after its last client."""
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return
+        connections = self._forgotten()
         if self._loop is asyncio.get_running_loop():
-            await connection.aclose()
+            await asyncio.gather(*(each.aclose() for each in connections))
         else:
-            abandon(connection)
+            for each in connections:
+                abandon(each)
 
     @property
     def _log(self) -> str:
         return str(self._folder.logs / "manager.log")
 
+    def _part(self, connection: RpcConnection) -> None:
+        """Ask nothing more on it. Calls that the manager still works on are answered; then it closes the connection itself."""
+        if connection is self._connection:
+            self._connection = None
+        self._ending = {each for each in (*self._ending, connection) if each.in_flight}
+        if not connection.in_flight:
+            connection.destroy()
+
+    def _forgotten(self) -> list[RpcConnection]:
+        """All connections, which are none of this one's any more."""
+        connections = [*self._ending] if self._connection is None else [*self._ending, self._connection]
+        self._ending, self._connection = set(), None
+        return connections
+
     async def _connected(self) -> RpcConnection:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            if self._connection is not None:
-                abandon(self._connection)  # after a fork, or in a second loop: the old connection is another's
-            self._loop, self._opening, self._connection = loop, asyncio.Lock(), None
+            for each in self._forgotten():
+                abandon(each)  # after a fork, or in a second loop: the old connections are another's
+            self._loop, self._opening = loop, asyncio.Lock()
         async with self._opening:
             if self._connection is None or self._connection.is_closed:
                 self._connection = await self._opened()

@@ -23,6 +23,8 @@ _THINK = 8
 _SHAPES = 64
 """Shapes of one model that are told apart; beyond that the one that was used longest ago is forgotten."""
 _SMOOTHING = 0.2
+_TOO_MANY = 1e9
+"""Seconds a row in a size that the model can't run: more than any latency, so it is not chosen until it is stale."""
 _OUTLIER = 4.0
 """A batch that took so many times what was expected counts as so many: the machine stood still, or the runtime began anew."""
 
@@ -51,6 +53,10 @@ class BatchSizes:
         size = min(_bucket(rows), self._top)
         if is_full or rows >= _FULL * (1 << size):
             self._shape(key).learn(size, seconds / max(rows, 1))
+
+    def failed(self, key: BatchKey, rows: int) -> None:
+        """A batch failed, and its requests ran one by one: the model can't run so many rows at once."""
+        self._shape(key).refuse(min(_bucket(rows), self._top))
 
     def _shape(self, key: BatchKey) -> _Shape:
         shape = self._shapes.pop(key, None) or _Shape(self._half, self._first, self._top)
@@ -91,6 +97,10 @@ class _Shape:
         self._used[size] = count + 1, self._full
         if count < _ENOUGH or self._looks % _THINK == 0:
             self._chosen = self._choose()
+
+    def refuse(self, size: int) -> None:
+        self._costs[size], self._used[size] = _TOO_MANY, (_ENOUGH, self._full)
+        self._chosen = self._choose()
 
     def _knows(self, size: int) -> bool:
         count, last = self._used.get(size, (0, 0))

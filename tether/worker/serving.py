@@ -161,11 +161,14 @@ class ModelServer:
 
     def _receive(self, connection: Connection) -> None:
         frame, now = connection.receive(), time.monotonic()
+        withdrawn = set[int]()
         for head, payload in frame:
             if head.status == WITHDRAWN:
-                self._withdraw(connection, head.id)
+                withdrawn.add(head.id)
             else:
                 self._decode(connection, head, payload, now)
+        if withdrawn:
+            self._withdraw(connection, withdrawn)
         self._decoding += time.monotonic() - now
         frame.clear()
         connection.reader.release()
@@ -204,10 +207,13 @@ class ModelServer:
         self._queue.add(rows, _Job(connection, head.id, request, rows, now + head.timeout_ms / 1000, block))
         self.stats.waiting = len(self._queue)
 
-    def _withdraw(self, connection: Connection, request_id: int) -> None:
-        """Nobody waits for it any more. If its batch has not begun it never runs, and its ring block goes back now."""
-        if self._queue.drop(lambda job: job.id == request_id and job.connection is connection):
-            connection.writer.reply(request_id, WITHDRAWN, b"", 0)
+    def _withdraw(self, connection: Connection, ids: set[int]) -> None:
+        """Nobody waits for these any more. Those whose batch has not begun never run, and their ring blocks go back now.
+
+        All of a frame at once: each look goes through the whole queue, and all requests of a gateway may reach their deadline together.
+        """
+        for job in self._queue.drop(lambda job: job.connection is connection and job.id in ids):
+            connection.writer.reply(job.id, WITHDRAWN, b"", 0)
 
     def _refuse(self, connection: Connection, request_id: int, error: Exception) -> None:
         self.stats.failures += 1
@@ -258,13 +264,21 @@ class ModelServer:
             if len(jobs) == 1:
                 self._refuse(jobs[0].connection, jobs[0].id, error)
             else:
-                for job in jobs:
-                    if not self._is_late(job):
-                        self._answer([job])
+                self._answer_one_by_one(jobs)
             return
         for job, share in zip(jobs, split_outputs(outputs, [job.rows.count for job in jobs]), strict=True):
             self._reply(job, share)
         self._learn(jobs, time.perf_counter() - begun)
+
+    def _answer_one_by_one(self, jobs: list[_Job]) -> None:
+        """What failed as a batch. Where each of them runs alone, there were too many rows: of a model's memory, or of its graph's limit."""
+        failures = self.stats.failures
+        for job in jobs:
+            if not self._is_late(job):
+                self._answer([job])
+        key = jobs[0].rows.key
+        if self._sizes is not None and key is not None and self.stats.failures == failures:
+            self._sizes.failed(key, sum(job.rows.count for job in jobs))
 
     def _run(self, jobs: list[_Job]) -> Tensors:
         begun = time.perf_counter()

@@ -22,6 +22,7 @@ from tether.errors import (
     PeerNotFoundError,
     PeerUnreachableError,
     ProtocolError,
+    ServiceUnavailableError,
     TetherError,
     UnavailableError,
     UnsupportedError,
@@ -106,7 +107,7 @@ class Borrower:
         """A lab with the scope for it offers workers, or ends that: `register`. It is asked back before it is confirmed.
 
         Raises: MalformedRequestError, BadInputError; PeerUnreachableError: it can't be asked back; ForbiddenError: it lends nothing to this
-        lab; QueueFullError, UnsupportedError.
+        lab; QueueFullError, UnsupportedError; ServiceUnavailableError: this lab left the swarm meanwhile.
         """
         offer = _offered(value)
         if self.tell is None:
@@ -117,6 +118,8 @@ class Borrower:
         self._state.check_room(peer)
         vitals = await self._asked_back(peer)
         self._operations.access.check(peer, "register")  # it may have been taken back meanwhile
+        if self._request is None:
+            raise ServiceUnavailableError("this lab leaves the swarm: register again when it is back")
         self._state.register(peer, offer, vitals, time.monotonic())
         if self._settle():
             log.info("workers are borrowed", of=peer, workers=offer.workers, gpus=offer.gpus, slots=offer.slots, models=offer.models)
@@ -211,11 +214,16 @@ class Borrower:
         loading = self._loading.get(loaded)
         if loading is None:
             loading = self._loading[loaded] = asyncio.create_task(self._load(loaded), name=f"lent-{model}")
-            loading.add_done_callback(lambda _: self._loading.pop(loaded, None))
+            loading.add_done_callback(functools.partial(self._ended, loaded))
         await asyncio.wait([loading])
         if loading.cancelled():
             raise NotFoundError(f"{worker} went away while it loaded {model}: the table says so soon")
         return loading.result()
+
+    def _ended(self, loaded: _Loaded, loading: asyncio.Task[Path]) -> None:
+        self._loading.pop(loaded, None)
+        if not loading.cancelled():
+            loading.exception()  # who asked may be gone; asked again, it is tried again
 
     async def unload(self, worker: str, number: int, model: ModelVersion) -> None:
         """As the protocol says. Raises: NotFoundError."""
@@ -235,9 +243,9 @@ class Borrower:
         try:
             await self._ready(loaded)
             self._loaded(worker_of(loaded.peer), loaded.number, loaded.model)  # while it loaded, the line may have been lost
-            server = HopServer(self._folder, functools.partial(self._infer, loaded))
-            server.start()
-            self._servers[loaded] = server
+            opened = HopServer(self._folder, functools.partial(self._infer, loaded))
+            opened.start()
+            server = self._servers[loaded] = opened
         finally:
             if server is None:
                 self._drop(loaded)

@@ -163,8 +163,7 @@ class FollowedFeed:
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.gather(task, return_exceptions=True)  # which passes on that who waits here is cancelled
         await self._copies.aclose()
 
     # --- the loop

@@ -98,7 +98,7 @@ class Gateway:
         try:
             async with self._connected().request(method, self._url + path, allow_redirects=False, **request) as response:
                 if response.status // 100 != 2:  # noqa: PLR2004 (2xx)
-                    raise decode_error(response.status, await response.content.read(_ERROR_NBYTES))
+                    raise decode_error(response.status, await _beginning(response.content))
                 yield response
         except aiohttp.ClientError as error:
             raise ServiceUnavailableError(f"the lab's gateway does not answer ({type(error).__name__}); try again") from error
@@ -129,6 +129,14 @@ def _answer(response: aiohttp.ClientResponse) -> Answer:
         raise ServiceUnavailableError("what answers in the place of the lab's gateway does not say how much it answers")
     header = response.headers.get(HEADER_LENGTH)
     return Answer(nbytes, int(header) if header else nbytes, response.content.iter_any())
+
+
+async def _beginning(content: aiohttp.StreamReader) -> bytes:
+    """What an error says, whole: one `read` gives what has come so far."""
+    error = b""
+    while len(error) < _ERROR_NBYTES and (part := await content.read(_ERROR_NBYTES - len(error))):
+        error += part
+    return error
 
 
 async def _chunks(header: bytes, tensors: Incoming) -> AsyncIterator[bytes]:

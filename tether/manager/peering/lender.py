@@ -114,6 +114,7 @@ class Lender:
         await self._remembered()
         try:
             await self.appear()
+            self._hurry(key)
             await self._confirmed(key)
         except TetherError:
             if before is None:
@@ -139,6 +140,13 @@ class Lender:
     async def _remembered(self) -> None:
         self._retell()
         await asyncio.to_thread(self._operations.repository.touch)  # so that followers in step have the file soon
+
+    def _hurry(self, key: str) -> None:
+        """Try at once what failed before: a person asks for it again, mostly since they mended why."""
+        lab = self._labs.get(key)
+        if lab is not None and lab.error is not None:
+            lab.error = None
+            lab.moved.set()
 
     async def _confirmed(self, key: str) -> None:
         """Wait for the first answer. Raises: it."""
@@ -218,7 +226,8 @@ class Lender:
             pause = min(2 * pause, _AT_LAST)
 
     async def _register(self, key: str, lab: _Registration) -> None:
-        offer = (await self._own_workers().look()).offer(lab.lending)
+        lending = lab.lending
+        offer = (await self._own_workers().look()).offer(lending)
         lab.turnstile.resize(offer.slots)
         if not offer.workers and lab.told is None:
             raise NoWorkerError("this lab has no worker that runs, so there is none to lend: `tether status` shows them")
@@ -226,6 +235,8 @@ class Lender:
         now = asyncio.get_running_loop().time()
         if not offer.workers:
             raise NoWorkerError("this lab has no worker that runs now: lending goes on when there is one")
+        if lab.lending != lending:  # other terms since: they are not confirmed by this
+            return
         if lab.told is None:
             log.info("workers are lent", to=key, workers=offer.workers, slots=offer.slots, models=offer.models)
         lab.told, lab.worker, lab.heard, lab.error = offer, str(answer.get("worker")), now, None

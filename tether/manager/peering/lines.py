@@ -45,8 +45,8 @@ class Lines:
 
     @property
     def lends(self) -> bool:
-        """Whether anything is lent: a reason to be on the swarm."""
-        return bool(self._lendings.all())
+        """Whether anything is lent, and can be: a reason to be on the swarm."""
+        return self._workers is not None and bool(self._lendings.all())
 
     def handlers(self) -> dict[str, Operation]:
         """What people ask of it, by name."""

@@ -33,6 +33,8 @@ from tether.swarm.feeds.hyperbee import FeedServer
 __all__ = ["OwnFeed"]
 
 log = structlog.get_logger("tether.swarm")
+_GOODBYE = 2.0
+"""Seconds for taking back, at the end, where the feed is served: without a network it takes eight."""
 _FRESH = 60
 """Seconds for which a signed head is given without being signed anew: how late a head was signed tells a lab from who stole its key."""
 T = TypeVar("T")
@@ -102,7 +104,9 @@ class OwnFeed:
         """Finish what is being written, and give the files back; before the engine is closed."""
         await asyncio.gather(*self._working, return_exceptions=True)
         async with self._lock:
-            await self._close()
+            with contextlib.suppress(TimeoutError):  # what is left open goes with the engine
+                async with asyncio.timeout(_GOODBYE):
+                    await self._close()
 
     async def _alone(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """One at a time, and to its end: who asked may go, a log that is half written may not stay."""

@@ -93,7 +93,9 @@ class OwnWorkers:
                 return
             if state == "failed":
                 raise _load_error(model, reason)
-            if state == "unloaded" and clock() > end:
+            if state == "loading":
+                end = clock() + _PLACED  # from then on, if its worker dies
+            elif state == "unloaded" and clock() > end:
                 raise NoWorkerError(f"no worker of this lab takes {model}: `tether status` there shows why")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _AT_LAST)

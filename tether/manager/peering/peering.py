@@ -119,6 +119,7 @@ class Peering:
         self._agreeing = Agreeing(operations, self._agreements, lambda: None if self._presence is None else self._presence.copying)
         self._agreeing.may_hold, self._agreeing.ended = self._may_hold, self._ended
         self._beginning = asyncio.Lock()
+        self._leaving: asyncio.Task[None] | None = None
         self._seen = -1
         self._weigh_at = 0.0
         self._closed_since: int | None = None
@@ -162,6 +163,7 @@ class Peering:
                     self._problem, pause = InternalError(f"{type(error).__name__}: the manager's log has the traceback"), _REST
                 await self._signal.within(event, pause)
         finally:
+            self._may_serve = _not_yet  # who waits for its turn in `_present` begins nothing any more
             await self._leave()
 
     async def _look(self) -> None:
@@ -197,9 +199,9 @@ class Peering:
 
         Raises: UnsupportedError: it was started without; NotWriterError; MissingDependencyError: no PythonMonkey; EngineError.
         """
-        if not self._may_serve():
-            raise NotWriterError("this manager follows another one of its lab, which speaks with other labs: call that one")
+        self._check_serving()
         async with self._beginning:
+            self._check_serving()  # it may have left while this waited
             if self._presence is None:
                 self.check_possible()
                 self._presence = await Presence.begin(self._lab, self._node_settings())
@@ -207,6 +209,10 @@ class Peering:
                 self._weigh_at = asyncio.get_running_loop().time() + self._settings.weighing
                 log.info("on the swarm", address=str(Address(self._operations.public)))
             return self._presence
+
+    def _check_serving(self) -> None:
+        if not self._may_serve():
+            raise NotWriterError("this manager follows another one of its lab, which speaks with other labs: call that one")
 
     def check_possible(self) -> None:
         """Whether this process could be on the swarm. Raises: UnsupportedError: it was started without; MissingDependencyError."""
@@ -247,6 +253,12 @@ class Peering:
             await self._presence.retire(grace)
 
     async def _leave(self) -> None:
+        """To its end, also where who waits for it is cancelled: a writer that ends loses the lease first, and leaves for that reason."""
+        if self._leaving is None or self._leaving.done():
+            self._leaving = asyncio.create_task(self._left(), name="leaving-the-swarm")
+        await asyncio.shield(self._leaving)
+
+    async def _left(self) -> None:
         async with self._beginning:
             presence, self._presence = self._presence, None
             if presence is not None:

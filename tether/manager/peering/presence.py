@@ -149,10 +149,7 @@ class Presence:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._doing, return_exceptions=True)
         await asyncio.gather(*(kept.aclose() for kept in self._kept.values()))
-        with contextlib.suppress(TetherError, TimeoutError):
-            async with asyncio.timeout(_GOODBYE):
-                await self.neighbours.leave()
-        await self.own_feed.aclose()
+        await asyncio.gather(self._take_leave(), self.own_feed.aclose())
         await self.node.aclose()
         self._pulling.close()
         self._shelf.close()
@@ -204,6 +201,11 @@ class Presence:
         # The first record is to say all: who found one looks for no other soon.
         await asyncio.gather(self._lab.offering.look(), self.relaying.knows_itself())
         await self.neighbours.run()
+
+    async def _take_leave(self) -> None:
+        with contextlib.suppress(TetherError, TimeoutError):
+            async with asyncio.timeout(_GOODBYE):
+                await self.neighbours.leave()
 
     def _less(self, peer: str) -> None:
         """It may do less than before."""

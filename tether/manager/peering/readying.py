@@ -84,9 +84,14 @@ class Readying:
             if len(self._jobs) >= _MOST:
                 return QueueFullError(f"{_MOST} versions are being made ready here: ask again later")
             job = self._jobs[key] = asyncio.create_task(self._make_ready(publisher, wanted), name=f"ready-{wanted.digest[:8]}")
-            job.add_done_callback(lambda _: self._jobs.pop(key, None))
+            job.add_done_callback(lambda done: self._ended(key, done))
         await asyncio.wait([job], timeout=wait)
         return _error_of(job) if job.done() and not job.cancelled() else None
+
+    def _ended(self, key: tuple[str, str], job: asyncio.Task[None]) -> None:
+        del self._jobs[key]
+        if not job.cancelled():
+            job.exception()  # who asked may be gone; asked again, it is tried again
 
     async def _make_ready(self, publisher: str, wanted: Wanted) -> None:
         record = await self.record(publisher, wanted) or await self._bring(publisher, wanted)

@@ -53,17 +53,31 @@ class StagedShares:
     @asynccontextmanager
     async def claimed(self, peer: str, digest: Digest, nbytes: int) -> AsyncIterator[None]:
         """While a peer's blob is put; what is here already is nobody's. Raises: StagingFullError; NoSpaceError, StoreError."""
-        is_new = await asyncio.to_thread(self._claim, peer, digest, nbytes)
+        claiming = asyncio.ensure_future(asyncio.to_thread(self._claim, peer, digest, nbytes))
+        try:
+            is_new = await asyncio.shield(claiming)
+        except asyncio.CancelledError:  # a peer that left: the thread goes on, and what it claims is nobody's
+
+            def give_up(done: asyncio.Future[bool]) -> None:
+                if not done.cancelled() and done.exception() is None and done.result():
+                    self._give_up(peer, digest)
+
+            claiming.add_done_callback(give_up)
+            raise
         try:
             yield
         except BaseException:
             if is_new:
-                with self._lock:
-                    self._totals[peer] -= self._shares.get(peer, {}).pop(digest, 0)
+                self._give_up(peer, digest)
             raise
         finally:
             if is_new:
                 self._coming.discard(digest)
+
+    def _give_up(self, peer: str, digest: Digest) -> None:
+        with self._lock:
+            self._totals[peer] -= self._shares.get(peer, {}).pop(digest, 0)
+            self._coming.discard(digest)
 
     def _claim(self, peer: str, digest: Digest, nbytes: int) -> bool:
         """Whether it is counted."""

@@ -105,8 +105,7 @@ class Host:
             return
         watching, self._watching = self._watching, None
         watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
+        await asyncio.gather(watching, return_exceptions=True)  # which passes on that who waits here is cancelled
         if not (self._nodes or self._starting):  # else another node began meanwhile
             self.bridge.close()
             self._loop = None

@@ -305,7 +305,7 @@ class Answers:
         if whole is not None:
             response = encode_response(request_id, whole)
             if not self._line.post_now(self._channel, response):
-                await self._line.post_large(self._channel, response)
+                await self._line.post_large(self._channel, response, self._limits.patience)
 
     def _refuse(self, request_id: int, method: str, error: Exception) -> None:
         if not isinstance(error, TetherError):

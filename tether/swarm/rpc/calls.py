@@ -8,6 +8,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import structlog
+
 from tether.errors import DeadlineExceededError, InternalError, PayloadTooLargeError, ProtocolError, TetherError
 from tether.swarm.rpc.bodies import AHEAD_NBYTES, Allowance, Incoming, Outgoing
 from tether.swarm.rpc.messages import (
@@ -20,6 +22,7 @@ from tether.swarm.rpc.messages import (
     encode_request,
     read_response,
 )
+from tether.swarm.rpc.service import RpcLimits
 from tether.swarm.wire.compact import MAX_UINT, read_uint, uint
 from tether.swarm.wire.line import Line
 from tether.swarm.wire.pieces import PIECE_NBYTES, Body
@@ -27,6 +30,7 @@ from tether.swarm.wire.protomux import Channel
 
 __all__ = ["Calls"]
 
+log = structlog.get_logger("tether.swarm")
 _KEPT_METHODS = 256
 
 
@@ -59,10 +63,9 @@ class _Call:
 class Calls:
     """Requests that wait for their answers."""
 
-    def __init__(self, line: Line, channel: Channel, beside: Channel, max_reply_nbytes: int) -> None:
+    def __init__(self, line: Line, channel: Channel, beside: Channel, limits: RpcLimits) -> None:
         """`beside`: our own channel, which a plain peer rejects."""
-        self._line, self._channel, self._beside = line, channel, beside
-        self._max_reply_nbytes = max_reply_nbytes
+        self._line, self._channel, self._beside, self._limits = line, channel, beside, limits
         self._open: dict[int, _Call] = {}
         self._last_id = 0
         self._methods: dict[str, bytes] = {}
@@ -159,9 +162,13 @@ class Calls:
     def on_response(self, message: memoryview) -> None:
         """An answer came, or why the rest of one does not. Raises: ProtocolError."""
         response = read_response(message, self._line.peer)
-        call = self._open.pop(response.id, None)
-        if call is not None:  # else it was taken back meanwhile
-            self._finish(call, response)
+        call = self._open.get(response.id)
+        if call is None:
+            return  # it was taken back meanwhile
+        if call.body is not None and response.error is None:
+            raise ProtocolError("an answer that comes in pieces comes whole, too")
+        del self._open[response.id]
+        self._finish(call, response)
 
     def on_settled(self) -> None:
         """The peer took our own channel, or rejected it."""
@@ -177,8 +184,8 @@ class Calls:
             return
         if call.body is not None:
             raise ProtocolError("an answer that comes in pieces begins twice")
-        if nbytes > self._max_reply_nbytes:
-            call.fail(self._too_large(nbytes))  # and whoever waits for it takes the request back
+        if nbytes > self._most(call):
+            call.fail(self._too_large(call, nbytes))  # and whoever waits for it takes the request back
         elif call.is_passed_on:
             call.body = Incoming(nbytes, lambda more: self._grant(request_id, more), AHEAD_NBYTES)
             call.body.open()
@@ -223,14 +230,17 @@ class Calls:
     def _finish(self, call: _Call, response: Response) -> None:
         if response.error is not None:
             call.fail(response.error)
-        elif response.value is None or len(response.value) > self._max_reply_nbytes:
-            call.fail(self._too_large(len(response.value or b"")))
+        elif response.value is None or len(response.value) > self._most(call):
+            call.fail(self._too_large(call, len(response.value or b"")))
         elif not call.future.done():
             value = bytes(response.value)
             call.future.set_result(Incoming.whole(value) if call.is_passed_on else value)
 
-    def _too_large(self, nbytes: int) -> TetherError:
-        return PayloadTooLargeError(f"peer {self._line.peer} answers with {nbytes} bytes; at most {self._max_reply_nbytes} are taken")
+    def _most(self, call: _Call) -> int:
+        return self._limits.max_reply_nbytes if call.is_passed_on else min(self._limits.max_whole_nbytes, self._limits.max_reply_nbytes)
+
+    def _too_large(self, call: _Call, nbytes: int) -> TetherError:
+        return PayloadTooLargeError(f"peer {self._line.peer} answers with {nbytes} bytes; at most {self._most(call)} are taken")
 
     def _method(self, method: str) -> bytes:
         encoded = self._methods.get(method)
@@ -284,12 +294,22 @@ class Calls:
             yield
             return
         task = self._loop.create_task(sending)
-        task.add_done_callback(lambda done: _tell_failure(done, call))
+        task.add_done_callback(lambda done: self._tell_failure(done, call))
         try:
             yield
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    def _tell_failure(self, sending: asyncio.Task[None], call: _Call) -> None:
+        """Where the connection fails, the call knows; where the source of the body does, this is how."""
+        error = None if sending.cancelled() else sending.exception()
+        if error is None:
+            return
+        if not isinstance(error, TetherError):
+            log.error("the body of a request broke off", peer=self._line.peer, exc_info=error)
+            error = InternalError("the body of a request broke off: the log has the traceback")
+        call.fail(error)
 
     async def _in_pieces(self, request_id: int, call: _Call, method: bytes, value: Outgoing, limit: _Limit | None) -> None:
         allowance = call.allowance = Allowance(value.nbytes if value.nbytes <= AHEAD_NBYTES else 0)
@@ -307,14 +327,6 @@ class Calls:
 async def _joined(value: Outgoing) -> bytes:
     async with aclosing(value.pieces()) as pieces:
         return b"".join([part async for piece in pieces for part in piece])
-
-
-def _tell_failure(sending: asyncio.Task[None], call: _Call) -> None:
-    """Where the connection fails, the call knows; where the source of the body does, this is how."""
-    error = None if sending.cancelled() else sending.exception()
-    if error is None:
-        return
-    call.fail(error if isinstance(error, TetherError) else InternalError("the body of a request broke off: the log has the traceback"))
 
 
 def _check_size(nbytes: int) -> None:

@@ -72,4 +72,4 @@ class Reply:
                 await self._allowance.spend(sum(map(len, piece)))
         except TimeoutError as error:
             raise RequestTimeoutError(f"nothing of the answer was taken for {self._patience:g} s: the rest is not sent") from error
-        await self._line.post_large(self._beside, encode_call(CallMessage.RESPONSE_PIECE, self._request_id, *piece))
+        await self._line.post_large(self._beside, encode_call(CallMessage.RESPONSE_PIECE, self._request_id, *piece), self._patience)

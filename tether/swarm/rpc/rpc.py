@@ -32,7 +32,7 @@ class RpcConnection:
         self._line = line = Line(stream, limits.max_unread_nbytes)
         channel_id = bytes.fromhex(stream.peer if stream.is_initiator else own)
         self._channel, self._beside = line.mux.open(PROTOCOL, channel_id), line.mux.open(CALLS, channel_id)
-        self._calls = Calls(line, self._channel, self._beside, limits.max_reply_nbytes)
+        self._calls = Calls(line, self._channel, self._beside, limits)
         self._answers = Answers(line, self._channel, self._beside, service or Service(_nobody), limits)
         line.open(self._on_event, self._on_closed)
 

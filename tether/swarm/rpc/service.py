@@ -19,6 +19,8 @@ class RpcLimits:
     max_request_nbytes: int = 16 << 20
     max_reply_nbytes: int = 1 << 30
     """Of an answer, to either side; and of all large ones together that wait for the peer to take them."""
+    max_whole_nbytes: int = 96 << 20
+    """Of an answer of the peer that is kept until it is whole: the largest is a manifest, in base64."""
     max_in_flight: int = 1024
     """Its requests that are worked on; further ones are answered with `queue_full`."""
     max_held_nbytes: int = 64 << 20
@@ -26,7 +28,8 @@ class RpcLimits:
     max_passing_nbytes: int = 128 << 20
     """Bodies over 1 MiB of its requests that are passed on; further ones are asked for when there is room."""
     patience: float = 30.0
-    """Seconds in which it sends 64 KiB, or all that is left, of bodies that there is room for, and in which it takes more of an answer."""
+    """Seconds in which it sends 64 KiB, or all that is left, of bodies that there is room for, and in which it takes more of an answer,
+    or of anything at all: who reads nothing that long is cut."""
     max_unread_nbytes: int = 32 << 20
     """Small answers that wait while it reads nothing; then it is cut. Larger ones wait where they are."""
 

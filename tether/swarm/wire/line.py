@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from tether.errors import TetherError
+from tether.errors import ServiceUnavailableError, TetherError
 from tether.ports import MessageStream
 from tether.swarm.wire.link import Link
 from tether.swarm.wire.protomux import Channel, Event, MuxLimits, Protomux
@@ -57,20 +57,25 @@ class Line(Link):
         return True
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def turn(self, patience: float | None = None) -> AsyncIterator[None]:
         """Wait until the stream takes more: those who wait for that do so in turn. What is sent within goes out after it.
 
-        Raises: TetherError: the connection ended.
+        `patience`: seconds, once it is one's turn, after which the peer is cut. Raises: TetherError: the connection ended.
         """
         async with self._turn:
-            await self.clear()
+            try:
+                async with asyncio.timeout(patience):
+                    await self.clear()
+            except TimeoutError:
+                self.cut(ServiceUnavailableError(f"it asks and took nothing for {patience:g} s"))
+                raise self.why() from None
             yield
             self._flush()
         await asyncio.sleep(0)  # whoever found no room meanwhile waits again before us: else one large body would go before all small ones
 
-    async def post_large(self, channel: Channel, message: bytes) -> None:
-        """Send it in turn. Raises: TetherError: the connection ended."""
-        async with self.turn():
+    async def post_large(self, channel: Channel, message: bytes, patience: float | None = None) -> None:
+        """Send it in turn; `patience` as of `turn`. Raises: TetherError: the connection ended."""
+        async with self.turn(patience):
             self.mux.send(channel, message)
 
     def _on_message(self, frame: memoryview) -> None:
