@@ -12,7 +12,7 @@ from tether.client.starting import start_manager
 from tether.config import DataFolder
 from tether.errors import DeadlineExceededError, ManagerLeavingError, RemoteError, ServiceUnavailableError, StreamLostError, TetherError
 from tether.manager.locks import is_locked
-from tether.swarm.rpc.rpc import Outgoing, RpcConnection
+from tether.swarm.rpc.rpc import Outgoing, RpcConnection, RpcLimits
 from tether.swarm.wire.local import THIS_USER, connect
 
 __all__ = ["OwnManager", "dismiss"]
@@ -27,6 +27,8 @@ _AGAIN: Final = 0.1
 """Seconds between looks for a manager that somebody else starts."""
 _TRIES: Final = 5
 """Managers that may leave one after the other before a call is given up."""
+_LIMITS: Final = RpcLimits(max_whole_nbytes=RpcLimits().max_reply_nbytes)
+"""Answers are the user's own, and end here: arrays of a model's outputs."""
 
 
 class OwnManager:
@@ -132,7 +134,7 @@ async def _greeted(folder: DataFolder) -> tuple[RpcConnection, dict[str, Any]]:
 
     Raises: ServiceUnavailableError: none answers.
     """
-    connection = RpcConnection(await connect(folder.door), THIS_USER)
+    connection = RpcConnection(await connect(folder.door), THIS_USER, limits=_LIMITS)
     try:
         hello = orjson.loads(await connection.request("door/hello", b"", _HELLO))
     except BaseException as error:
