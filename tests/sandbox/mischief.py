@@ -28,16 +28,21 @@ def spin(_argument):
 
 
 def eat(nbytes):
+    return len(eaten(nbytes))
+
+
+def eaten(nbytes):
     held = bytearray(nbytes)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
-    return len(held)
+    return held
 
 
 def eat_in_children(nbytes):
     for _ in range(4):
         if os.fork() == 0:
-            eat(nbytes)
+            held = eaten(nbytes)  # kept: who gives it back at once may not have it at any look
             time.sleep(3600)
+            del held
     time.sleep(3600)
 
 

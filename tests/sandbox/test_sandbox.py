@@ -13,7 +13,7 @@ from tether.sandbox import Limits, arun, run
 
 MIB = 1 << 20
 SHORT = Limits(seconds=1.0, memory_nbytes=1 << 30)
-ROOMY = Limits(seconds=120.0, memory_nbytes=256 * MIB)
+ROOMY = Limits(seconds=30.0, memory_nbytes=256 * MIB)
 
 
 def call(name, argument=None, limits=ROOMY):
