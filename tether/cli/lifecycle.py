@@ -25,7 +25,7 @@ def _gpus(ctx: click.Context, param: click.Parameter, value: str) -> Any:
 
 
 @click.command("up")
-@click.option("--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Worker processes.")
+@click.option("--workers", type=click.IntRange(0, 256), help="Worker processes  [default: 2, or one for each GPU].")
 @click.option("--gpus", callback=_gpus, metavar="auto|N", default="0", show_default=True, help="GPUs of this machine to use; auto: all.")
 @click.option("--pretend-gpus", is_flag=True, help="Tag workers with GPUs that are not there, to test placement.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the gateway  [default: 8000, or the next free one].")
@@ -42,11 +42,13 @@ def _gpus(ctx: click.Context, param: click.Parameter, value: str) -> Any:
 @click.option("--no-swarm", is_flag=True, help="Speak with no other lab.")
 @click.option("--detach", is_flag=True, help="Return when the lab is up; end it with `tether down`.")
 @data_folder
-def up(gpus: int | Literal["auto"], no_swarm: bool, detach: bool, data: str | None, **options: Any) -> None:
+def up(workers: int | None, gpus: int | Literal["auto"], no_swarm: bool, detach: bool, data: str | None, **options: Any) -> None:
     """Start a lab on this machine: scheduler, workers, model manager, gateway."""
-    from tether.lab.launch import UpSettings, gpu_count, launch  # processes and TLS: not for `--help`
+    from tether.lab.cards import gpu_count, worker_count  # processes and TLS: not for `--help`
+    from tether.lab.launch import UpSettings, launch
 
-    settings = UpSettings(DataFolder.locate(data), gpus=gpu_count(gpus), swarm=not no_swarm, **options)
+    count = gpu_count(gpus)
+    settings = UpSettings(DataFolder.locate(data), workers=worker_count(workers, count), gpus=count, swarm=not no_swarm, **options)
     if not detach:
         sys.exit(_stay(settings))
     lab = launch(settings, bound=False)

@@ -19,7 +19,8 @@ from tether.config import DataFolder
 from tether.errors import LabRunningError, NoLabError, TetherError, UnsupportedError
 from tether.lab import loop
 from tether.lab.bars import bar
-from tether.lab.launch import Running, UpSettings, gpu_count, launch, running, settled
+from tether.lab.cards import gpu_count, worker_count
+from tether.lab.launch import Running, UpSettings, launch, running, settled
 from tether.lab.operations import Operations
 from tether.lab.replicating import OnReplica, Replica
 from tether.lab.views import Models, Peers, Workers
@@ -271,7 +272,7 @@ def _close_all() -> None:
 
 
 def up(  # noqa: PLR0913 (all that can be said of a lab)
-    workers: int = 2,
+    workers: int | None = None,
     gateway: bool = True,
     *,
     data: str | os.PathLike[str] | None = None,
@@ -287,21 +288,22 @@ def up(  # noqa: PLR0913 (all that can be said of a lab)
     """Start a lab on this machine: scheduler, workers, model manager and gateway. It ends with this process, or when it is closed.
 
     Where a lab already runs on the data folder (`data`, else `TETHER_HOME`, else the platform's), or is being started there, it attaches to
-    that one and says so. `gpus="auto"`: all of this machine. `region`: where the lab is, as other labs are told ("eu-west"), from now on;
-    `TETHER_REGION` says it, too. `swarm=False`: no other lab is spoken with; `bootstrap`: nodes by which the swarm is entered,
-    `host:port,…`, in place of those of `TETHER_BOOTSTRAP`, else Hyperswarm's public ones. `relay=True`: labs that this one knows may go
-    through it where they can't reach each other, which is of use where the address is public; `relay_through`: address of a lab that does
-    that, in place of `TETHER_RELAY_THROUGH`, else of those known here that say that they relay.
+    that one and says so. `workers`: two, or one for each GPU, if not said. `gpus="auto"`: all of this machine that this process may use.
+    `region`: where the lab is, as other labs are told ("eu-west"), from now on; `TETHER_REGION` says it, too. `swarm=False`: no other lab
+    is spoken with; `bootstrap`: nodes by which the swarm is entered, `host:port,…`, in place of those of `TETHER_BOOTSTRAP`, else
+    Hyperswarm's public ones. `relay=True`: labs that this one knows may go through it where they can't reach each other, which is of use
+    where the address is public; `relay_through`: address of a lab that does that, in place of `TETHER_RELAY_THROUGH`, else of those known
+    here that say that they relay.
 
     Raises: PortBusyError: `port` was asked for and is taken; StartFailedError: a service did not come up; ConfigError.
     """
-    folder = DataFolder.locate(data)
+    folder, count = DataFolder.locate(data), gpu_count(gpus)
     settings = UpSettings(
         folder,
-        workers=workers,
+        workers=worker_count(workers, count),
         gateway=gateway,
         port=port,
-        gpus=gpu_count(gpus),
+        gpus=count,
         pretend_gpus=pretend_gpus,
         region=region,
         swarm=swarm,

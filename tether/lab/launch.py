@@ -17,10 +17,10 @@ from typing import Any
 
 from tether.config import DataFolder
 from tether.errors import StartFailedError, TetherError, from_code
-from tether.lab.supervisor import LAB_FILE, LOCK_FILE, START_TIMEOUT, UpSettings, gpu_count, supervise
+from tether.lab.supervisor import LAB_FILE, LOCK_FILE, START_TIMEOUT, UpSettings, supervise
 from tether.telemetry.service import LIFELINE_ENV, READY_ENV
 
-__all__ = ["Running", "UpSettings", "gpu_count", "launch", "running", "settled", "supervise"]
+__all__ = ["Running", "UpSettings", "launch", "running", "settled", "supervise"]
 
 _LAUNCH_TIMEOUT = START_TIMEOUT + 30.0
 """The supervisor gives up first and knows which service is late; this is for one that hangs itself."""

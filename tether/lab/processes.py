@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -48,6 +48,8 @@ class ServiceSpec:
     """After `python -m tether`."""
     inherit: Sequence[int] = ()
     """Descriptors that the process gets under the same numbers."""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """Besides this process' own."""
 
 
 class Process:
@@ -145,7 +147,7 @@ class Process:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
-                env=os.environ | {READY_ENV: str(ready), LIFELINE_ENV: str(self._lifeline), "PYTHONUNBUFFERED": "1"},
+                env=os.environ | self.spec.environ | {READY_ENV: str(ready), LIFELINE_ENV: str(self._lifeline), "PYTHONUNBUFFERED": "1"},
                 pass_fds=(ready, self._lifeline, *self.spec.inherit),
                 start_new_session=True,  # Ctrl-C in a terminal goes to the supervisor alone, which ends them in order
             )

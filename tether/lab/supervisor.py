@@ -18,23 +18,26 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from dask.system import CPU_COUNT
 
 from tether._version import __version__
 from tether.config import GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, bootstrap_nodes, lab_region, worker_ports
 from tether.errors import ConfigError, LabRunningError, StartFailedError
+from tether.lab.cards import check_cards, machine_cards, share
 from tether.lab.ports import PortPicker, bind_exactly, ports_lock
 from tether.lab.processes import Process, ServiceSpec
 from tether.manager.locks import is_locked
 from tether.manager.settings import relay_keys
+from tether.runtimes.devices import CARDS_ENV
 from tether.security.addresses import Address
 from tether.security.identity import Identity
 from tether.security.keys import ensure_api_key
 from tether.security.tls import ROLES, ensure_tls
 from tether.telemetry.service import Life
 
-__all__ = ["LAB_FILE", "LOCK_FILE", "START_TIMEOUT", "UpSettings", "gpu_count", "supervise"]
+__all__ = ["LAB_FILE", "LOCK_FILE", "START_TIMEOUT", "UpSettings", "supervise"]
 
 LAB_FILE = "lab.json"
 LOCK_FILE = "lab.lock"
@@ -179,11 +182,14 @@ class Supervisor:
             ServiceSpec("orchestrator", "orchestrator", ["orchestrator", *root, "--port", str(orchestrator)]),
             ServiceSpec("manager", "manager", ["manager", address, *root, "--port", str(manager), *self._swarm_options()]),
         ]
+        threads = max(CPU_COUNT // max(settings.workers, 1), 1)
         for index, wished in enumerate(worker_ports(settings.workers)):
             port = self._picker.free(f"worker-{index + 1}", wished)
             name = f"worker-{index + 1}"
-            options = ["--name", name, "--port", str(port), "--gpus", str(self._gpus(index))]
-            specs.append(ServiceSpec(name, "worker", ["worker", address, *root, *options]))
+            cards = share(self._cards(), index, settings.workers)
+            options = ["--name", name, "--port", str(port), "--gpus", str(len(cards)), "--threads", str(threads)]
+            environ = {CARDS_ENV: "" if settings.pretend_gpus else ",".join(cards)}
+            specs.append(ServiceSpec(name, "worker", ["worker", address, *root, *options], environ=environ))
         if self._gateway is not None:
             descriptor = self._gateway.fileno()
             specs.append(ServiceSpec("gateway", "gateway", ["gateway", address, *root, "--fd", str(descriptor)], (descriptor,)))
@@ -200,10 +206,10 @@ class Supervisor:
         options += ["--relay-through", settings.relay_through] if settings.relay_through else []
         return [*options, "--bootstrap", settings.bootstrap] if settings.bootstrap else options
 
-    def _gpus(self, index: int) -> int:
-        """GPUs are dealt round: worker 1 gets the first."""
-        gpus, workers = self._settings.gpus, self._settings.workers
-        return gpus // workers + (index < gpus % workers)
+    def _cards(self) -> list[str]:
+        """Those of the lab, by their names; by numbers where they are pretended."""
+        gpus = self._settings.gpus
+        return list(map(str, range(gpus))) if self._settings.pretend_gpus else machine_cards()[:gpus]
 
     async def stop(self) -> None:
         """End the services in order, each within its time, whatever one of them does; then nothing of theirs is left but the data."""
@@ -323,25 +329,11 @@ def supervise(settings: UpSettings, announce: Any = lambda _supervisor: None) ->
     return 0
 
 
-def gpu_count(wished: int | Literal["auto"]) -> int:
-    """As many GPUs as this machine has for "auto", else the number itself.
-
-    Raises: ConfigError: it is neither.
-    """
-    if wished == "auto":
-        return len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if not isinstance(wished, int) or wished < 0:
-        raise ConfigError(f"{wished!r} GPUs: give a number from 0 on, or auto for all of this machine")
-    return wished
-
-
 def _check(settings: UpSettings) -> None:
     bootstrap_nodes(settings.bootstrap)
     relay_keys(settings.relay_through)
     lab_region(settings.region or "")
     if settings.workers < 0:
         raise ConfigError(f"{settings.workers} workers: give a number from 0 on; with 0, only workers that other labs lend run models")
-    if settings.gpus and not settings.pretend_gpus and not Path("/dev/nvidiactl").exists():
-        raise ConfigError(
-            f"{settings.gpus} GPUs were asked for, this machine has no NVIDIA driver; --pretend-gpus gives the tag without a card"
-        )
+    if not settings.pretend_gpus:
+        check_cards(settings.gpus, settings.workers)

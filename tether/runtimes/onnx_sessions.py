@@ -21,6 +21,7 @@ import structlog
 
 from tether.errors import BadModelError
 from tether.runtimes import tensors
+from tether.runtimes.devices import onnx_providers
 from tether.runtimes.onnx_outline import outline
 
 __all__ = ["LARGE", "Opened", "Prepacking", "open_session", "said"]
@@ -149,7 +150,7 @@ class Prepacking:
 
 
 def _mapped(path: Path, others: Sequence[Path], threads: int) -> _Mapped | None:
-    """None: it is small, or goes to a GPU, whose provider copies every weight there in any case."""
+    """None: it is small, or another provider than the CPU's has it, which copies or compiles every weight in any case."""
     if path.stat().st_size + sum(other.stat().st_size for other in others) < LARGE or len(_providers()) > 1:
         return None
     with contextlib.suppress(BadModelError, UnicodeEncodeError):  # no protobuf; a name that is no text
@@ -182,9 +183,8 @@ def _library() -> Any:
     return onnxruntime
 
 
-def _providers() -> list[str]:
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    return [name for name in wanted if name in _library().get_available_providers()]
+def _providers() -> list[Any]:
+    return onnx_providers(_library().get_available_providers())
 
 
 def _options(threads: int) -> Any:

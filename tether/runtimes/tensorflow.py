@@ -88,6 +88,8 @@ class TensorFlowRuntime:
         with contextlib.suppress(RuntimeError):  # TensorFlow takes it only before its first operation
             tf.config.threading.set_intra_op_parallelism_threads(threads)
             tf.config.threading.set_inter_op_parallelism_threads(1)
+            for card in tf.config.list_physical_devices("GPU"):  # it would take all of a card's memory at once
+                tf.config.experimental.set_memory_growth(card, enable=True)
         if info.format == "savedmodel":
             return TensorFlowModel(info, _restored(tf, path, arrivals))
         self.warm()

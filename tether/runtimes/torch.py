@@ -6,20 +6,23 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import ml_dtypes
 import numpy as np
+import structlog
 
 from tether.errors import BadInputError, BadModelError
 from tether.runtimes import tensors
 from tether.runtimes.arrivals import Arrivals
+from tether.runtimes.devices import has_cards, torch_compiler
 from tether.runtimes.signatures import Signature, named
 from tether.runtimes.weights import zips
 from tether.types import Array, Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec
 
 __all__ = ["TorchModel", "TorchRuntime"]
 
+log = structlog.get_logger("tether.runtimes")
 _SUFFIXES = (".pt2", ".pt", ".pts", ".pth", ".torchscript")
 _DATATYPES: dict[str, Datatype] = {
     "bool": "BOOL",
@@ -164,7 +167,7 @@ class _Exported:
             from torch.export.passes import move_to_device_pass  # heavy
 
             self._program = move_to_device_pass(self._program, device)
-        module, in_spec, tree = self._program.module(), self._program.call_spec.in_spec, self._tree
+        module, in_spec, tree = _compiled(torch, self._program.module()), self._program.call_spec.in_spec, self._tree
         given, names = [name for name, _ in self._inputs], [name for name, _ in self._outputs]
         flat = [(name if name in self._plain or name in given else None, name) for name in self._names]
         plain = self._plain
@@ -183,6 +186,26 @@ class _Exported:
         spec = self._program.call_spec.out_spec
         keys = [str(key) for key in spec.context] if spec.type is dict else []
         return keys if len(keys) == count else [f"output_{index}" for index in range(count)]
+
+
+def _compiled(torch: Any, module: Any) -> Callable[..., Any]:
+    """By the backend that the settings name. What it can't compile runs as it was exported, and the log says so once."""
+    backend = torch_compiler()
+    if backend is None:
+        return cast("Callable[..., Any]", module)
+    call: Callable[..., Any] | None = None
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal call
+        try:
+            call = call or torch.compile(module, backend=backend)
+            return call(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:  # noqa: SLF001 (torch has no public name for it)
+            log.warning("torch.compile failed, the model runs as it was exported", backend=backend, error=type(error).__name__)
+            call = module
+            return module(*args, **kwargs)
+
+    return run
 
 
 def _is_impure(module: Any) -> bool:
@@ -225,7 +248,7 @@ def _library() -> Any:
 
 
 def _device(torch: Any) -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if has_cards() and torch.cuda.is_available() else "cpu"
 
 
 def _model_file(path: Path) -> Path:

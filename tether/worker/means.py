@@ -43,6 +43,8 @@ def chosen(found: Sequence[Card], count: int, visible: str | None = None) -> tup
 
     `visible`: `CUDA_VISIBLE_DEVICES`, by their places.
     """
+    if visible is not None and not visible.strip():
+        return ()
     places = [part.strip() for part in visible.split(",")] if visible else []
     if places and all(place.isdecimal() and int(place) < len(found) for place in places):
         found = [found[int(place)] for place in places]

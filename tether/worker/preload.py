@@ -9,7 +9,7 @@ import dask.config
 from distributed import Worker
 
 from tether.config import DataFolder
-from tether.worker.service import Cluster, make_plugin
+from tether.worker.service import Cluster, choose_devices, make_plugin
 
 __all__ = ["dask_setup"]
 
@@ -26,6 +26,7 @@ async def dask_setup(worker: Worker) -> None:
         sys.stderr.write(_ADVICE + "\n")
         raise SystemExit(2)
     name = re.sub(r"[^\w.-]+", "-", str(worker.name))  # Dask names a worker that was given none after its address; here it names a folder
+    choose_devices(int(worker.state.total_resources.get("GPU", 0)))
     folder = DataFolder.locate(dask.config.get("tether.data", None)).create()
     cluster = Cluster(worker.scheduler.address, worker.security.get_connection_args("worker"))
     plugin = make_plugin(folder, name, worker.state.nthreads, cluster)

@@ -18,6 +18,7 @@ import click
 import dask.config
 import msgspec
 import psutil
+from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 from distributed import Security, Worker
 from distributed.core import connect, rpc
@@ -25,6 +26,7 @@ from distributed.core import connect, rpc
 from tether.config import HOUSEKEEPING, ORCHESTRATOR_PORT, DataFolder, Limits
 from tether.errors import ConfigError, NotWriterError, ServiceUnavailableError, from_code
 from tether.routing.table import Table
+from tether.runtimes import devices
 from tether.security.tls import ensure_tls
 from tether.security.volatile import sweep
 from tether.store.replicas.cache import default_nbytes
@@ -35,7 +37,7 @@ from tether.worker.model_files import ModelFiles, load_pinned
 from tether.worker.plugin import EnginePlugin
 from tether.worker.runner import default_pool
 
-__all__ = ["Cluster", "main", "make_plugin"]
+__all__ = ["Cluster", "choose_devices", "main", "make_plugin"]
 
 _CONNECT = 2.0
 """Seconds: Dask tries again and again until then."""
@@ -121,6 +123,22 @@ class _Engine(Engine):
         self._files.close()
 
 
+def choose_devices(gpus: int) -> None:
+    """What the models of this process may run on: its cards where it has the resource GPU, else none; and what the settings name.
+
+    Which of the machine's cards are its own is said by `CUDA_VISIBLE_DEVICES`, as for all that uses them. Raises: ConfigError.
+    """
+    if not gpus:
+        devices.hide_cards()
+    providers, compiler = dask.config.get("tether.onnx.providers", None), dask.config.get("tether.torch.compile", None)
+    if providers is not None:
+        import onnxruntime  # heavy (0.2 s)
+
+        devices.use_providers(providers, onnxruntime.get_available_providers())
+    if compiler is not None:
+        devices.use_torch_compiler(compiler)
+
+
 def make_plugin(folder: DataFolder, name: str, threads: int, cluster: Cluster) -> EnginePlugin:
     """An engine for a Dask worker of this name, over the data folder's store, else over what it fetches from the manager."""
     sweep()  # of what a killed worker left in memory
@@ -173,10 +191,11 @@ def _warm_up() -> None:
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8001, show_default=True)
 @click.option("--gpus", default=0, show_default=True, help="GPUs to offer, as the Dask resource GPU.")
-@click.option("--threads", default=1, show_default=True, help="Threads of one run of a model.")
+@click.option("--threads", type=click.IntRange(1), default=CPU_COUNT, show_default="all cores", help="Threads of one run of a model.")
 def _command(orchestrator: str, data: str | None, name: str, host: str, port: int, gpus: int, threads: int) -> None:  # noqa: PLR0913, PLR0917 (the command line's options)
     """Run a worker: loads models and answers requests."""
     folder = DataFolder.locate(data).create()
+    choose_devices(gpus)
     security = Security(**ensure_tls(folder.tls, "worker").security())
 
     async def serve(life: Life) -> None:

@@ -1,0 +1,75 @@
+"""Graphics cards are dealt to workers, one to each, and nobody gets one that this process may not use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tether.config import DataFolder
+from tether.errors import ConfigError
+from tether.lab import cards
+from tether.lab.supervisor import Supervisor, UpSettings
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Has so many cards."""
+
+    def has(count, visible=None):
+        for index in range(count):
+            (tmp_path / f"nvidia{index}").touch()
+        (tmp_path / "nvidiactl").touch()
+        monkeypatch.setattr(cards, "Path", lambda _dev: Path(tmp_path))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [(None, ["0", "1", "2"]), ("2,0", ["2", "0"]), ("", []), ("-1", []), ("GPU-8932, GPU-1", ["GPU-8932", "GPU-1"])],
+)
+def test_the_cards_are_those_that_this_process_may_use(machine, visible, found):
+    machine(3, visible)
+    assert cards.machine_cards() == found
+    assert cards.gpu_count("auto") == len(found)
+
+
+def test_a_machine_without_cards_has_none_whatever_the_environment_says(machine):
+    machine(0, "0,1")
+    assert cards.machine_cards() == []
+
+
+def test_more_cards_than_there_are_and_cards_that_no_worker_would_use_are_refused(machine):
+    machine(2)
+    cards.check_cards(2, 2)
+    with pytest.raises(ConfigError, match="3 GPUs were asked for, this machine has 2"):
+        cards.check_cards(3, 4)
+    with pytest.raises(ConfigError, match="--workers 2"):
+        cards.check_cards(2, 1)
+    assert [cards.worker_count(None, 0), cards.worker_count(None, 4), cards.worker_count(1, 4)] == [2, 4, 1]
+
+
+def workers_of(tmp_path, **wished):
+    supervisor = Supervisor(UpSettings(DataFolder(tmp_path / "data").create(), gateway=False, **wished))
+    return {spec.name: spec for spec in supervisor._specs() if spec.role == "worker"}
+
+
+def option(spec, name):
+    return spec.arguments[spec.arguments.index(name) + 1]
+
+
+def test_each_worker_sees_its_own_cards_and_a_share_of_the_cores(machine, tmp_path):
+    machine(2, "3,1")
+    workers = workers_of(tmp_path, workers=3, gpus=2)
+    assert [spec.environ["CUDA_VISIBLE_DEVICES"] for spec in workers.values()] == ["3", "1", ""]
+    assert [option(spec, "--gpus") for spec in workers.values()] == ["1", "1", "0"]
+    assert {int(option(spec, "--threads")) for spec in workers.values()} == {max(len(os.sched_getaffinity(0)) // 3, 1)}
+
+
+def test_pretended_cards_are_a_tag_and_hide_real_ones(machine, tmp_path):
+    machine(2)
+    (worker,) = workers_of(tmp_path, workers=1, gpus=2, pretend_gpus=True).values()
+    assert (option(worker, "--gpus"), worker.environ["CUDA_VISIBLE_DEVICES"]) == ("2", "")
