@@ -2,12 +2,15 @@
 
 import dataclasses
 import datetime as dt
+import inspect
+import itertools
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import hypothesis
+import leaks
 import pytest
 
 REQUIRE = "TETHER_REQUIRE"
@@ -73,6 +76,39 @@ class Measurements:
                 terminalreporter.write_line(text)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Looks after all other fixtures of the test, and the loop of the async ones, were closed, and it let go of what it held."""
+    before = leaks.Held.now()
+    yield
+    if request.node.get_closest_marker("leaks"):
+        return
+    request.node.funcargs.clear()
+    if request.instance is not None:
+        vars(request.instance).clear()
+    if lost := before.lost_since(alone=not _shares(request)):
+        pytest.fail(f"left open: {', '.join(lost)}", pytrace=False)
+
+
+def _shares(request: pytest.FixtureRequest) -> bool:
+    """Whether it uses fixtures of ours that others use as well: those open and close what they like, when they like."""
+    found = request.node._fixtureinfo.name2fixturedefs.values()
+    return any(each.scope != "function" and each.baseid.startswith("tests/") for each in itertools.chain.from_iterable(found))
+
+
+@pytest.fixture
+async def no_task_is_left() -> AsyncIterator[None]:
+    yield
+    if left := await leaks.unfinished():
+        pytest.fail(f"nobody ended: {', '.join(left)}", pytrace=False)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.function):
+        names = item.fixturenames
+        names.insert(names.index(nothing_is_left_open.__name__) + 1, no_task_is_left.__name__)
+
+
 MISSING = ("needs ", "could not import ")
 """How the reasons of `tether.testing.requirements.needs` and of `pytest.importorskip` begin."""
 
@@ -112,5 +148,6 @@ class Missing:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    leaks.begin()
     config.pluginmanager.register(Measurements(), "tether-measurements")
     config.pluginmanager.register(Missing(required=os.environ.get(REQUIRE) == "all"), "tether-missing")

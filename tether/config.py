@@ -19,6 +19,7 @@ import platformdirs
 from tether.errors import BadNameError, ConfigError
 
 __all__ = [
+    "CARDS_ENV",
     "GATEWAY_PORT",
     "HOUSEKEEPING",
     "MANAGER_PORT",
@@ -27,6 +28,7 @@ __all__ = [
     "DataFolder",
     "Limits",
     "bootstrap_nodes",
+    "has_cards",
     "lab_region",
     "worker_ports",
 ]
@@ -59,6 +61,15 @@ def lab_region(text: str) -> str:
         return region_name(text) if text else ""
     except BadNameError as error:
         raise ConfigError(f"{error} (--region, {REGION_ENV})") from error
+
+
+CARDS_ENV = "CUDA_VISIBLE_DEVICES"
+"""Read by every library that drives NVIDIA's cards. Empty: none."""
+
+
+def has_cards() -> bool:
+    """Whether this process may use graphics cards, if the machine has some."""
+    return os.environ.get(CARDS_ENV, "all").strip() not in {"", "-1"}
 
 
 def bootstrap_nodes(text: str | None = None) -> tuple[tuple[str, int], ...] | None:

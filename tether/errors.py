@@ -51,10 +51,14 @@ __all__ = [
     "MalformedRecordError",
     "MalformedRequestError",
     "ManagerLeavingError",
+    "MemoryFullError",
     "MethodNotAllowedError",
     "MissingBlobsError",
     "MissingDependencyError",
+    "ModelDiedError",
     "ModelFailedError",
+    "ModelTooLargeError",
+    "NoDeviceError",
     "NoLabError",
     "NoModelFileError",
     "NoSpaceError",
@@ -63,8 +67,10 @@ __all__ = [
     "NotWriterError",
     "PayloadTooLargeError",
     "PeerFailedError",
+    "PeerLeavingError",
     "PeerNotFoundError",
     "PeerUnreachableError",
+    "PoisonInputError",
     "PortBusyError",
     "ProtocolError",
     "QueueFullError",
@@ -314,6 +320,13 @@ class ModelFailedError(RequestError, RuntimeError):
     http_status = 422
 
 
+class PoisonInputError(RequestError, RuntimeError):
+    """The input ended the process of the model twice and is not run any more: for an hour, or until an operator says otherwise."""
+
+    code = "poison_input"
+    http_status = 422
+
+
 class MissingDependencyError(RequestError, ImportError):
     """A library that the model or the feature needs is not installed; the message says which."""
 
@@ -410,6 +423,12 @@ class WorkerLostError(UnavailableError):
     code = "worker_lost"
 
 
+class ModelDiedError(WorkerLostError):
+    """The process of the model ended by itself while it ran the request. `args[1]`: whether the input may be what ended it."""
+
+    code = "model_died"
+
+
 class LoadFailedError(UnavailableError):
     """The model could not be brought into memory."""
 
@@ -472,6 +491,12 @@ class ManagerLeavingError(ServiceUnavailableError):
     code = "manager_leaving"
 
 
+class PeerLeavingError(ServiceUnavailableError):
+    """The process of a peer is about to end and did nothing of what it was asked, and no other one of it came."""
+
+    code = "peer_leaving"
+
+
 class StartFailedError(UnavailableError):
     """The lab, or one of its services, did not come up."""
 
@@ -482,6 +507,26 @@ class NoSpaceError(UnavailableError, OSError):
     """The disk is full; nothing was changed."""
 
     code = "no_space"
+    http_status = 507
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class NoDeviceError(UnavailableError):
+    """The model is to run on a GPU, or on none, and no worker of the lab is like that."""
+
+    code = "no_device"
+
+
+class MemoryFullError(UnavailableError):
+    """All models in the worker's memory are in use, and none made room in time for this one."""
+
+    code = "memory_full"
+
+
+class ModelTooLargeError(UnavailableError):
+    """The model takes more memory than the worker may use for models, or than pinned ones leave."""
+
+    code = "model_too_large"
     http_status = 507
     grpc_status = "RESOURCE_EXHAUSTED"
 

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tether.types import ModelInfo, ModelVersion, WorkerId
+from tether.serving_settings import DEFAULTS, ServingSettings
+from tether.types import ModelInfo, ModelVersion, WorkerId, WorkerMemory
 
 __all__ = [
     "CatalogChanged",
     "CatalogModel",
     "Claim",
     "Event",
+    "Evicting",
+    "InputCondemned",
     "LentChanged",
     "LentWorker",
     "LoadCut",
@@ -20,9 +23,11 @@ __all__ = [
     "Loaded",
     "ManagerLeft",
     "ModelWanted",
+    "QuarantineCleared",
     "Standing",
     "Tick",
     "Unloaded",
+    "VersionIsolated",
     "WorkerJoined",
     "WorkerLeft",
 ]
@@ -36,6 +41,7 @@ class CatalogModel:
     default: int
     aliases: dict[str, int]
     versions: dict[int, tuple[ModelVersion, ModelInfo]]
+    serving: ServingSettings = DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class WorkerJoined:
     address: str
     pid: int
     gpus: int
+    memory: WorkerMemory | None = None
+    """None: nothing is known of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,8 @@ class LentWorker(msgspec.Struct, frozen=True):
     """Requests that it takes at a time."""
     models: str = "*"
     """Glob of this lab's own models that it runs, as of a scope."""
+    closed: tuple[str, ...] = ()
+    """Endpoints of versions that it has no more, until they are loaded there again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +128,20 @@ class Loaded:
     """Of the process that was asked: the next one of this name has the same address. Of a lent worker: its `number`."""
     model: ModelVersion
     endpoint: str
+    memory: WorkerMemory | None = None
+    """What the worker's models take now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evicting:
+    """A worker is about to free the version, since others need the room or nobody asked for it; it answers what is sent there before."""
+
+    address: str
+    pid: int
+    model: ModelVersion
+    endpoint: str
+    """Of which load: the answer to it may be on its way still."""
+    memory: WorkerMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +171,30 @@ class Unloaded:
     address: str
     pid: int
     model: ModelVersion
+    memory: WorkerMemory | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionIsolated:
+    """A version may be what ended workers: it is to run in a process of its own."""
+
+    model: ModelVersion
+
+
+@dataclass(frozen=True, slots=True)
+class InputCondemned:
+    """An input of a version ends the process that runs it."""
+
+    model: ModelVersion
+    mark: str
+    """Of the input (`routing.quarantine`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineCleared:
+    """An operator wants nothing held against inputs of a model any more, nor against its versions."""
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +203,21 @@ class Tick:
 
 
 Event = (
-    WorkerJoined | WorkerLeft | CatalogChanged | LentChanged | ManagerLeft | ModelWanted | Loaded | LoadFailed | LoadCut | Unloaded | Tick
+    WorkerJoined
+    | WorkerLeft
+    | CatalogChanged
+    | LentChanged
+    | ManagerLeft
+    | ModelWanted
+    | Loaded
+    | LoadFailed
+    | LoadCut
+    | Evicting
+    | Unloaded
+    | VersionIsolated
+    | InputCondemned
+    | QuarantineCleared
+    | Tick
 )
 
 

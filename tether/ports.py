@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tether.types import Digest, Framework, ModelFormat, ModelInfo, Tensors
 
@@ -17,14 +17,17 @@ __all__ = [
     "Endpoint",
     "Hop",
     "HopReply",
+    "Isolatable",
     "Lending",
     "LoadedModel",
     "Management",
     "MessageStream",
     "OnReply",
+    "OpenStream",
     "Replicating",
     "Runtime",
     "SignedManifest",
+    "Streaming",
     "Transport",
     "Undelivered",
 ]
@@ -43,11 +46,35 @@ class LoadedModel(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """End the `run` that goes on in another thread soon, with ModelFailedError or WorkerLostError; does nothing where none does."""
+        """End the `run` that goes on in another thread soon, with ModelFailedError or WorkerLostError; does nothing where none does.
+
+        Asked once more during the same run: at any price, what the model keeps included.
+        """
         ...
 
     def close(self) -> None:
         """Free it; a second call does nothing."""
+        ...
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A `LoadedModel` whose answer comes in parts, if its `info.streams` says so. Parts of several streams, and runs, may take turns."""
+
+    def stream(self, inputs: Tensors) -> Generator[Tensors]:
+        """Inputs as of `run`; each part has all of `info.outputs`. Nothing runs before the first part is asked for, nor between two.
+
+        Each `next` is a run, as `interrupt` has it, and so is `close`, which ends the model's own generator (GeneratorExit).
+        """
+        ...
+
+
+@runtime_checkable
+class Isolatable(Protocol):
+    """A `LoadedModel` that runs in the worker's own process, and can do so in one of its own."""
+
+    def isolate(self) -> None:
+        """Move it there, between two runs; a second call does nothing. Raises: as `Runtime.load`; LoadFailedError: it stays where it is."""
         ...
 
 
@@ -84,6 +111,8 @@ class Hop:
     """Length of the JSON before binary tensors; 0: the whole body is JSON (OIP §3)."""
     timeout: float
     """Seconds that are left for the answer."""
+    alone: bool = False
+    """Whether it is suspected to end the process that runs it: it runs alone, in one of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +137,16 @@ Endpoint = str
 """Where one model of one worker listens: the path of a Unix socket."""
 
 
+@dataclass(frozen=True, slots=True)
+class OpenStream:
+    """An answer that comes in parts, as seen by who asked for it."""
+
+    cancel: Callable[[], None]
+    """No more of it; nothing is called any more."""
+    taken: Callable[[], None]
+    """A part has found its reader, and another one may come: called once for each. A few come without."""
+
+
 class Transport(Protocol):
     """Carries requests to one endpoint and answers back, in any order, coalesced per tick of the loop."""
 
@@ -118,6 +157,10 @@ class Transport(Protocol):
 
     def send(self, hop: Hop, on_reply: OnReply) -> Callable[[], None]:
         """Send it; never blocks. The returned function abandons it: `on_reply` will not be called any more."""
+        ...
+
+    def stream(self, hop: Hop, on_part: Callable[[HopReply], None], on_reply: OnReply) -> OpenStream:
+        """As `send`; before `on_reply` each part is given to `on_part`. The last reply is the end, with one more part if it has a body."""
         ...
 
     def close(self) -> None:
@@ -369,6 +412,13 @@ class Management(Admitting, Replicating, Copying, Lending, Protocol):
     async def delete_alias(self, name: str, alias: str) -> dict[str, Any]: ...
 
     async def rollback(self, name: str, alias: str | None) -> dict[str, Any]: ...
+
+    async def set_serving(self, name: str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Say how this lab serves a model, from now on: fields of `ServingSettings`; null takes one back, None all of them.
+
+        The answer: `{"name", "serving": all that is said}`. Raises: UnknownModelError; BadInputError.
+        """
+        ...
 
     async def delete_version(self, name: str, version: int) -> dict[str, Any]: ...
 

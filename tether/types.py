@@ -31,6 +31,7 @@ __all__ = [
     "TensorSpec",
     "Tensors",
     "WorkerId",
+    "WorkerMemory",
     "datatype_of",
     "dtype_of",
     "model_name",
@@ -214,6 +215,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """Whether loading or running the format can execute code of the publisher's: needs trust, runs in a runner process."""
     requirements: tuple[str, ...] = ()
     """Requirement specifiers (PEP 508) of a custom model."""
+    streams: bool = False
+    """Whether its answer comes in parts, any number of them: *decoupled*, as Triton has it. Asked for as one, the parts are joined."""
 
 
 class ModelVersion(msgspec.Struct, frozen=True):
@@ -227,6 +230,25 @@ class ModelVersion(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.name}:{self.version}"
+
+
+class WorkerMemory(msgspec.Struct, frozen=True):
+    """What models take of a worker's memory, in bytes."""
+
+    used: int = 0
+    """By those that are there, and reserved for those that are being loaded."""
+    budget: int = 0
+    """As much as they may take. 0: it is not bounded."""
+    models: dict[str, int] = {}
+    """`name:version` → bytes, as measured."""
+    gpu_used: int = 0
+    """Of the worker's card."""
+    gpu_budget: int = 0
+
+    @property
+    def free(self) -> int | None:
+        """Bytes that are left; None: as many as one likes."""
+        return max(self.budget - self.used, 0) if self.budget else None
 
 
 @dataclass(frozen=True, slots=True)

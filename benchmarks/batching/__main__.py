@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from simulation import Fixed, Learned, Outcome, simulate, trace
+from simulation import LATENCY, Outcome, by_hand, simulate, trace
+
+from tether.serving_settings import DEFAULTS
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "online"))
 from models import SHAPES, make  # noqa: E402 (of the benchmark beside this one)
 
-LATENCY = 0.1
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CARD = dict(zip(SIZES, (0.0057, 0.0057, 0.0058, 0.006, 0.0062, 0.0066, 0.007, 0.0085, 0.017), strict=True))
 """Nearly nothing for a row: in the manner of 128 tokens through a BERT on an H100."""
@@ -67,8 +68,8 @@ def compared(name: str, costs: dict[int, float], seconds: float, seed: str) -> l
     capacity, rows = max(size / cost for size, cost in costs.items()), []
     for kind in TRACES:
         arrivals = trace(kind, capacity, seconds, seed)
-        learned = simulate(arrivals, curve(costs), Learned(LATENCY), seed)
-        fixed = {setting.name: simulate(arrivals, curve(costs), setting, seed) for setting in (Fixed(*each) for each in GRID)}
+        learned = simulate(arrivals, curve(costs), DEFAULTS, seed)
+        fixed = {f"{size} rows, {1e3 * delay:g} ms": simulate(arrivals, curve(costs), by_hand(size, delay), seed) for size, delay in GRID}
         best = max(fixed, key=lambda each: (fixed[each].rate(), fixed[each].good_windows(LATENCY)))
         rows.append(
             {

@@ -6,69 +6,37 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
 
 import numpy as np
 
-from tether.worker.batch_sizes import BatchSizes
-from tether.worker.batching import Rows, Waiting
+from tether.serving_settings import ServingSettings
+from tether.worker.batching import Rows
+from tether.worker.request_queue import RequestQueue
 
+LATENCY = 0.1
+"""Seconds within which answers are wanted."""
 KEY = (("x", "<f4", ()),)
 GIVEN_UP = 1.0
 """Seconds after which nobody waits for an answer any more."""
 
 
-class Setting(Protocol):
-    """How batches are made."""
+@dataclass(frozen=True)
+class Request:
+    """What the worker's queue asks of one."""
 
-    name: str
-
-    def begin_at(self, now: float, oldest: float, waiting: int) -> float:
-        """When the next batch is to begin: now, or later if no more come."""
-        ...
-
-    def most_rows(self) -> int: ...
-
-    def ran(self, rows: int, seconds: float, *, is_full: bool) -> None: ...
-
-
-@dataclass
-class Fixed:
-    """As other servers are tuned: at most so many rows, and a wait for more."""
-
-    rows: int
-    delay: float
+    number: int
+    arrived: float
+    priority: int = 0
 
     @property
-    def name(self) -> str:
-        return f"{self.rows} rows, {1e3 * self.delay:g} ms"
-
-    def begin_at(self, now: float, oldest: float, waiting: int) -> float:
-        return now if waiting >= self.rows else max(now, oldest + self.delay)
-
-    def most_rows(self) -> int:
-        return self.rows
-
-    def ran(self, rows: int, seconds: float, *, is_full: bool) -> None:
-        pass
+    def deadline(self) -> float:
+        return self.arrived + GIVEN_UP
 
 
-class Learned:
-    """As a worker of ours does it, by the worker's own objects."""
-
-    name = "learned"
-
-    def __init__(self, latency: float) -> None:
-        self._sizes = BatchSizes(latency)
-
-    def begin_at(self, now: float, oldest: float, waiting: int) -> float:  # noqa: ARG002 (others wait)
-        return now
-
-    def most_rows(self) -> int:
-        return self._sizes.most_rows(KEY)
-
-    def ran(self, rows: int, seconds: float, *, is_full: bool) -> None:
-        self._sizes.ran(KEY, rows, seconds, is_full=is_full)
+def by_hand(rows: int, delay: float) -> ServingSettings:
+    """As other servers are tuned: batches of so many rows, or of what is there after a wait for more."""
+    return ServingSettings(max_batch_size=rows, preferred_batch_sizes=(rows,), max_delay=delay)
 
 
 @dataclass
@@ -91,35 +59,30 @@ class Outcome:
         return float(np.isfinite(self.took).sum() / (self.arrived[-1] + 1e-9))
 
 
-def simulate(arrivals: Sequence[float], cost: Callable[[int], float], setting: Setting, seed: str) -> Outcome:
+def simulate(arrivals: Sequence[float], cost: Callable[[int], float], settings: ServingSettings, seed: str) -> Outcome:
     """`cost`: rows → seconds of a batch; each takes up to a tenth more, one in two hundred three times as long."""
-    chance, waiting, coming = random.Random(f"batching {seed}"), Waiting[int](), deque(enumerate(arrivals))
+    chance, queue = random.Random(f"batching {seed}"), RequestQueue[Request](LATENCY, settings)
+    coming = deque(Request(number, at) for number, at in enumerate(arrivals))
     took, batches, now = np.full(len(arrivals), np.inf), [], 0.0
-    while coming or waiting:
-        if not waiting:
-            now = max(now, coming[0][1])
-        _arrive(coming, waiting, now)
-        oldest = arrivals[next(iter(waiting))]
-        begin = setting.begin_at(now, oldest, len(waiting))
-        if begin > now and coming and coming[0][1] < begin:
-            now = coming[0][1]
-            continue
-        now = max(now, begin)
-        taken = waiting.take(setting.most_rows())
-        jobs = [number for number in taken if now - arrivals[number] < GIVEN_UP]
+    while coming or queue:
+        pause = queue.pause(now)
+        if pause != 0.0:
+            now = max(now, min([each.arrived for each in islice(coming, 1)] + ([] if pause is None else [now + pause])))
+        _arrive(coming, queue, now)
+        taken = queue.take(now)
+        jobs = [each for each in taken if now < each.deadline]
         if jobs:
             seconds = cost(len(jobs)) * (1 + chance.random() / 10) * (3 if chance.random() < 1 / 200 else 1)
             now += seconds
-            setting.ran(len(jobs), seconds, is_full=waiting.has(KEY))
+            queue.ran(KEY, len(jobs), seconds)
             batches.append(len(jobs))
-            took[jobs] = [now - arrivals[number] for number in jobs]
+            took[[each.number for each in jobs]] = [now - each.arrived for each in jobs]
     return Outcome(np.asarray(arrivals), took, batches)
 
 
-def _arrive(coming: deque[tuple[int, float]], waiting: Waiting[int], now: float) -> None:
-    while coming and coming[0][1] <= now:
-        number, _ = coming.popleft()
-        waiting.add(Rows(1, KEY), number)
+def _arrive(coming: deque[Request], queue: RequestQueue[Request], now: float) -> None:
+    while coming and coming[0].arrived <= now:
+        queue.add(Rows(1, KEY), coming.popleft())
 
 
 def trace(kind: str, capacity: float, seconds: float, seed: str) -> list[float]:

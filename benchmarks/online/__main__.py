@@ -25,10 +25,11 @@ from pathlib import Path
 import load
 import models
 import onnxruntime
+import upkeep
 
 import tether
 
-CELLS = (("tiny", 1), ("tiny", 32), ("image", 1), ("image", 8), ("batch", 64))
+CELLS = (("tiny", 1), ("tiny", 32), ("image", 1), ("image", 8), ("batch", 64), ("large", 1))
 HERE = Path(__file__).parent
 
 
@@ -84,25 +85,33 @@ def table(rows: list[dict[str, object]], servers: dict[str, str], cells: list[tu
         texts = []
         for model, clients in cells:
             found = [row for row in rows if (row["server"], row["model"], row["clients"]) == (server, model, clients)]
-            ratio, rate, p99 = (statistics.median(float(str(row[key])) for row in found) for key in ("ratio", "rate", "p99"))
+            ratio, rate, p50, p99 = (statistics.median(float(str(row[key])) for row in found) for key in ("ratio", "rate", "p50", "p99"))
             errors = sum(int(str(row["errors"])) for row in found)
-            texts.append(f"**{ratio:.2f}** ({rate:,.0f}/s, p99 {p99:.1f} ms{f', {errors} errors' if errors else ''})")
+            rates = f"{rate:,.0f}/s, p50 {p50:.1f}, p99 {p99:.1f} ms"
+            texts.append(f"**{ratio:.2f}** ({rates}{f', {errors} errors' if errors else ''})")
         lines.append(f"| {'floor-aa' if server == 'floor' else server} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
 def start(lab: tether.Lab, paths: dict[str, Path], begun: float) -> dict[str, float]:
-    """Publish the models; seconds from `tether.up` to the first good answer, and from the first asking for a cold model to its answer."""
+    """Publish the models. From `tether.up` to the first good answer, what cold models take (seconds), what the lab costs at rest."""
     lab.publish("tiny", paths["tiny"], example=models.row("tiny"))
     lab.infer("tiny", models.row("tiny"))
     first = time.perf_counter() - begun
-    for name in ("image", "batch"):
+    nbytes, cores = upkeep.idle(lab)
+    for name in ("image", "batch", "large"):
         lab.publish(name, paths[name], example=models.row(name))
     asked = time.perf_counter()
     lab.infer("batch", models.row("batch"))
-    cold = time.perf_counter() - asked
-    lab.infer("image", models.row("image"))
-    return {"up to first good answer": first, "cold model of 21 MB": cold}
+    large = time.perf_counter() - asked
+    for name in ("image", "large"):
+        lab.infer(name, models.row(name))
+    cold = {
+        "cold ONNX model": upkeep.cold_onnx(lab, paths["tiny"]),
+        "of 21 MB": large,
+        "cold .pt2": upkeep.cold_torch(lab, paths["tiny"].parent),
+    }
+    return {"up to first good answer": first, "idle MB (PSS)": nbytes / 1e6, "idle cores": cores} | cold
 
 
 def main() -> None:
@@ -132,7 +141,7 @@ def main() -> None:
     options.out.write_text(
         json.dumps({"machine": machine, "workers": options.workers, "starts": starts, "table": text, "cells": rows}, indent=1)
     )
-    print(", ".join(f"{what} {seconds:.2f} s" for what, seconds in starts.items()))
+    print(", ".join(f"{what}: {value:.3g}" for what, value in starts.items()))
     print(f"× floor (median of {options.rounds} paired rounds), requests a second, 99th percentile; {machine}\n\n{text}")
 
 

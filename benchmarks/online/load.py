@@ -15,7 +15,7 @@ import numpy as np
 from models import row
 
 HEADER = "Inference-Header-Content-Length"
-BINARY = {"image"}
+BINARY = {"image", "large"}
 """Sent in the binary form, as every real client sends pictures."""
 _SCRIPT = """
 local file = assert(io.open(os.getenv("BENCH_BODY"), "rb"))

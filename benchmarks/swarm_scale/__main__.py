@@ -30,10 +30,11 @@ SPARSE = partial(Scenario, neighbours=30, wake=0.5, tick=1.0)
 PARTS = ("lookups", "downloads", "planning")
 NODES = {"small": (100, 300), "full": (100, 1000, 3000, 10_000)}
 DOWNLOADS = {
-    "small": (ALIKE(8, 64), Scenario(8, 16), SPARSE(24, 4, neighbours=6)),
+    "small": (ALIKE(8, 64), ALIKE(8, 8), Scenario(8, 16), SPARSE(24, 4, neighbours=6)),
     "full": (
         ALIKE(1, 64),
         ALIKE(8, 64),
+        ALIKE(8, 8),
         ALIKE(64, 64),
         ALIKE(512, 16, neighbours=30),
         Scenario(8, 64),

@@ -53,6 +53,8 @@ class Scenario:
     """All as the origin's, both ways; else drawn."""
     wake: float = 0.02
     """Seconds in which what is told to a lab is heard of together: more costs the simulation less."""
+    joining: float = 0.3
+    """Seconds until a lab is connected to another one, at most."""
     tick: float = 0.25
     """Seconds between looks at what stalls."""
 
@@ -155,14 +157,18 @@ class Crowd:
     def _come(self, now: float, lab: Lab) -> None:
         lab.is_here, lab.free = True, set(range(self.scenario.blobs))
         lab.sources = Sources(self.scenario.blobs, lab.name, "v")
+        lab.sources.expected([other.name for other in lab.neighbours if other is not self.origin], now)
         for other in lab.neighbours:
             if other.is_here:
-                lab.sources.joined(other.name, other.has, now, is_origin=other is self.origin)
-                if other.sources is not None:
-                    other.sources.joined(lab.name, lab.has, now)
-                    self._wake(now, other)
+                self._at(now + self._random.uniform(0.0, self.scenario.joining), self._meet, lab, other)
+                self._at(now + self._random.uniform(0.0, self.scenario.joining), self._meet, other, lab)
         self._at(now + self._random.uniform(0, self.scenario.tick), self._tick, lab)
         self._wake(now, lab)
+
+    def _meet(self, now: float, lab: Lab, other: Lab) -> None:
+        if lab.sources is not None and other.is_here:
+            lab.sources.joined(other.name, other.has, now, is_origin=other is self.origin)
+            self._wake(now, lab)
 
     def _leave(self, now: float, lab: Lab) -> None:
         lab.is_here, lab.sources = False, None

@@ -261,7 +261,8 @@ def test_every_call_has_a_sync_and_an_async_form_with_the_same_signature():
         assert inspect.signature(sync) == inspect.signature(later) == inspect.signature(getattr(Operations, name))
         assert sync.__doc__ == later.__doc__
     public = {name for name in vars(Lab) if not name.startswith("_")}
-    assert public == {form for name in inner - ends for form in (name, f"a{name}")} | {"close", "aclose", "gateway", "events", "aevents"}
+    streams = {"events", "aevents", "stream", "astream"}
+    assert public == {form for name in inner - ends for form in (name, f"a{name}")} | {"close", "aclose", "gateway"} | streams
 
 
 async def test_in_a_running_loop_both_forms_work(gateway, model_file):

@@ -136,6 +136,10 @@ class TestDispatcher:
         self.management = Manager()
         self.events = EventLog()
         self.held, self.cancelled, self.hops = [], [], []
+        self.told = {}
+
+    async def vitals(self):
+        return self.told
 
     async def status(self):
         return {"services": []}

@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 import pytest
+from msgspec import structs
 
-from tether.errors import ModelFailedError
+from tether.errors import ModelDiedError, ModelFailedError, ServiceUnavailableError
 from tether.gateway.dispatch import Dispatch
 from tether.gateway.transport import UnixTransport
 from tether.manager.hops import HopServer
@@ -61,6 +62,22 @@ class Control:
 
     async def status(self):
         return {}
+
+    async def vitals(self):
+        return {}
+
+    async def quarantine(self, *_):
+        raise ServiceUnavailableError("the orchestrator does not answer")
+
+    async def forgive(self, _):
+        """It was told of nothing, so there is no other table."""
+
+
+class Fatal(Doubling):
+    """Each input ends its process."""
+
+    def run(self, _):
+        raise ModelDiedError("the model's process died", True)
 
 
 def table(info, *endpoints, lent=()):
@@ -241,6 +258,51 @@ async def test_no_worker_within_the_deadline_is_said_so(rig):
     assert said(await rig.ask(1, timeout=0.1)) == (503, "no_worker")
 
 
+async def test_who_waited_for_room_in_memory_in_vain_is_told_so(rig):
+    cold = table(Doubling().info)
+    entry = VersionEntry(VERSION, Doubling().info, "loading", (), "memory_full: no room within 30 s")
+    rig.dispatch.replace_table(Table(2, {"m": ModelEntry("m", 1, {1: entry}, cold.models["m"].aliases)}))
+    reply = await rig.ask(1, timeout=0.1)
+    assert said(reply) == (503, "memory_full")
+    assert "no room within 30 s" in json.loads(reply.body)["error"]
+
+
+async def test_a_new_orchestrator_is_told_of_what_was_in_memory_and_not_of_what_was_put_out(rig):
+    model = Doubling()
+    rig.route(model.info)
+    asked = rig.ask(1)
+    await eventually(lambda: rig.control.wanted)
+    rig.dispatch.replace_table(structs.replace(table(model.info, rig.serve(model).endpoint), seq=2))
+    assert said(await asked) == [2.0]
+    assert rig.dispatch.used() == [VERSION]
+    rig.dispatch.replace_table(table(model.info))  # of a new one
+    assert rig.dispatch.used() == [VERSION]
+    rig.dispatch.replace_table(structs.replace(table(model.info), seq=2))
+    assert rig.dispatch.used() == []
+
+
+async def test_an_input_is_forgiven_though_the_orchestrator_never_heard_that_it_is_poison(rig):
+    model = Fatal(pure=False)
+    rig.route(model.info, rig.serve(model))
+    codes = [said(await rig.ask(1)) for _ in range(3)]
+    assert codes == [(503, "model_died"), (422, "poison_input"), (422, "poison_input")]
+    await rig.dispatch.forgive("m")
+    assert said(await rig.ask(1)) == (503, "model_died")
+
+
+async def test_who_forgives_is_answered_when_the_next_request_finds_it_so(rig):
+    before = table(Doubling().info)
+    entry = structs.replace(before.models["m"].versions[1], poison={"0" * 32: time.time() + 60}, is_isolated=True)
+    rig.dispatch.replace_table(structs.replace(before, models={"m": structs.replace(before.models["m"], versions={1: entry})}))
+    forgiving = asyncio.create_task(rig.dispatch.forgive("m"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not forgiving.done()
+    rig.dispatch.replace_table(structs.replace(before, seq=2))
+    await forgiving
+    await rig.dispatch.forgive("gone")
+
+
 async def test_a_cancelled_request_is_never_answered_and_the_next_one_is(rig):
     model = Doubling()
     rig.route(model.info, rig.serve(model))
@@ -269,9 +331,9 @@ async def test_a_run_that_nobody_waits_for_any_more_is_interrupted(rig):
     model.gate.clear()
     asked = rig.ask(1, timeout=5)
     await eventually(lambda: model.batches)
-    server.interrupt_if_late(time.monotonic())
+    server.end_unwanted_run(time.monotonic())
     assert not model.gate.is_set()
-    server.interrupt_if_late(time.monotonic() + 60)
+    server.end_unwanted_run(time.monotonic() + 60)
     assert model.gate.is_set()
     assert said(await asked)[0] in (2.0, 504)
 

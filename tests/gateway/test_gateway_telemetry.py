@@ -9,6 +9,7 @@ import pytest
 from gateway_rig import AUTH, KEY, ask, infer_body, running, until
 from prometheus_client.parser import text_string_to_metric_families
 
+from tether.errors import ServiceUnavailableError
 from tether.gateway.door import Settings
 from tether.ports import HopReply
 from tether.telemetry.accesslog import Access, AccessLog
@@ -131,3 +132,68 @@ async def test_a_full_disk_costs_lines_and_says_so_once(caplog):
         log.flush()
     log.close()
     assert caplog.text.count("loses lines") == 1
+
+
+WORKER = {
+    "cpu": 12.5,
+    "memory": 1 << 30,
+    "received": 10,
+    "sent": 20,
+    "used": 4096,
+    "budget": 1 << 30,
+    "cards": [{"name": "NVIDIA L4", "busy": 0.5, "used": 1 << 20, "total": 1 << 30}],
+    "models": {
+        "alice/ident:3": {
+            "requests": 7,
+            "failures": 1,
+            "batches": 2,
+            "rows": 9,
+            "busy": 0.25,
+            "waiting": 4,
+            "load_seconds": 1.5,
+            "nbytes": 4096,
+        }
+    },
+}
+
+
+def test_what_workers_told_is_scraped_with_the_gateways_own(gateway):
+    gateway.dispatcher.told = {"worker-1": WORKER, "worker-2": {"models": {}}}
+    found = samples(gateway)
+    of_model = (("model", "alice/ident"), ("version", "3"), ("worker", "worker-1"))
+    assert found["tether_worker_cpu_seconds_total", ("worker", "worker-1")] == 12.5
+    assert found["tether_worker_memory_bytes", ("worker", "worker-1")] == 1 << 30
+    assert found["tether_worker_gpu_utilization_ratio", ("gpu", "0"), ("name", "NVIDIA L4"), ("worker", "worker-1")] == 0.5
+    assert found["tether_model_rows_total", *of_model] == 9
+    assert found["tether_model_inference_seconds_total", *of_model] == 0.25
+    assert found["tether_model_queue_length", *of_model] == 4
+    assert found["tether_model_load_seconds", *of_model] == 1.5
+    assert found["tether_model_memory_bytes", *of_model] == 4096
+    assert found["tether_worker_models_memory_bytes", ("worker", "worker-1")] == 4096
+    assert not any(("worker", "worker-2") in key for key in found)
+
+
+def test_while_no_orchestrator_answers_the_gateways_own_metrics_are_there(gateway, monkeypatch):
+    async def away():
+        raise ServiceUnavailableError("the orchestrator does not answer")
+
+    monkeypatch.setattr(gateway.dispatcher, "vitals", away)
+    assert "tether_worker_cpu_seconds" not in {name for name, *_ in samples(gateway)}
+
+
+def test_labels_that_are_fed_back_become_a_versions_accuracy(gateway):
+    feed = "/tether/v1/models/ident@prod/feedback"
+    before = ask(gateway, "POST", feed, {})[2]
+    assert ask(gateway, "POST", feed, {"right": 93, "wrong": 7})[0] == 200
+    assert ask(gateway, "POST", "/tether/v1/models/ident/versions/1/feedback", {"right": 1})[0] == 200
+    found = samples(gateway)
+    for outcome, more in (("right", 94), ("wrong", 7)):
+        key = ("tether_model_feedback_total", ("model", "ident"), ("outcome", outcome), ("version", "1"))
+        assert found[key] == before[outcome] + more
+
+
+@pytest.mark.parametrize("body", [{"right": -1}, {"right": True}, {"wrong": 1.5}, {"correct": 1}, {"right": 1 << 53}, []])
+def test_feedback_that_makes_no_sense_is_refused(gateway, body):
+    status, _, answer = ask(gateway, "POST", "/tether/v1/models/ident/feedback", body)
+    assert status == 400, answer
+    assert ask(gateway, "POST", "/tether/v1/models/nobody/feedback", {"right": 1})[0] == 404

@@ -1,6 +1,6 @@
 """Graphics cards are dealt to workers, one to each, and nobody gets one that this process may not use."""
 
-import os
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,9 @@ def test_more_cards_than_there_are_and_cards_that_no_worker_would_use_are_refuse
 
 def workers_of(tmp_path, **wished):
     supervisor = Supervisor(UpSettings(DataFolder(tmp_path / "data").create(), gateway=False, **wished))
-    return {spec.name: spec for spec in supervisor._specs() if spec.role == "worker"}
+    specs = supervisor._specs()
+    asyncio.run(supervisor.stop())
+    return {spec.name: spec for spec in specs if spec.role == "worker"}
 
 
 def option(spec, name):
@@ -66,7 +68,7 @@ def test_each_worker_sees_its_own_cards_and_a_share_of_the_cores(machine, tmp_pa
     workers = workers_of(tmp_path, workers=3, gpus=2)
     assert [spec.environ["CUDA_VISIBLE_DEVICES"] for spec in workers.values()] == ["3", "1", ""]
     assert [option(spec, "--gpus") for spec in workers.values()] == ["1", "1", "0"]
-    assert {int(option(spec, "--threads")) for spec in workers.values()} == {max(len(os.sched_getaffinity(0)) // 3, 1)}
+    assert {option(spec, "--workers-here") for spec in workers.values()} == {"3"}
 
 
 def test_pretended_cards_are_a_tag_and_hide_real_ones(machine, tmp_path):

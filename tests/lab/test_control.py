@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 import msgspec
 import psutil
 import pytest
-from distributed import Security
 from distributed.core import connect
 
 import tether
 from tether.config import DataFolder
 from tether.routing.table import Table
+from tether.security.comms import dask_security
 from tether.security.tls import ensure_tls
 from tether.store import Repository
 
@@ -184,7 +184,7 @@ def test_dasks_scheduler_and_worker_with_tls_and_our_preloads_are_an_orchestrato
         start(*scheduler, "--preload", "tether.orchestrator.preload")
         address = eventually(lambda: told_address(told))
         process = start("worker", address, "--no-nanny", "--nthreads", "1", "--preload", "tether.worker.preload")
-        tables = eventually(lambda: asyncio.run(table_of(address, Security(**files.security()))).workers)
+        tables = eventually(lambda: asyncio.run(table_of(address, dask_security(files))).workers)
     (entry,) = tables.values()
     assert (entry.state, entry.pid) == ("running", process.pid)
 

@@ -70,23 +70,12 @@ def until(condition, what):
         time.sleep(0.05)
 
 
-def share_ports(usual, temporary):
-    """The locks by which labs keep off each other's ports: they lie in the folder for temporary files, and other tests start labs, too."""
-    theirs, ours = usual / f"tether-{os.getuid()}", temporary / f"tether-{os.getuid()}"
-    theirs.mkdir(mode=0o700, exist_ok=True)
-    ours.mkdir(mode=0o700)
-    for name in ("ports.lock", "ports.held"):
-        (theirs / name).touch(0o600)
-        os.link(theirs / name, ours / name)
-
-
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     """Temporary files and memory of the test's own, so that all of it can be searched; with a short path, for the sockets."""
     assert tmp_path  # made first: it is to lie elsewhere
     temporary = Path(tempfile.mkdtemp(prefix="t"))
     memory = Path(tempfile.mkdtemp(prefix="tether-test-", dir=SHARED))
-    share_ports(Path(tempfile.gettempdir()), temporary)
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv(SETTING, str(memory))

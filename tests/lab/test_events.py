@@ -18,18 +18,15 @@ from conftest import write_model
 
 import tether
 from tether.testing.requirements import needs
-from tether.testing.testnet import testnet
 
 ROWS = np.ones((2, 16), np.float32)
 PATIENCE = 30.0
 
 
 @pytest.fixture(scope="module")
-def hers(tmp_path_factory):
-    with testnet() as net, pytest.MonkeyPatch.context() as patched:
-        patched.setenv("TETHER_BOOTSTRAP", net.bootstrap)
-        with tether.up(workers=1, data=tmp_path_factory.mktemp("hers")) as lab:
-            yield lab
+def hers(on_the_net, tmp_path_factory):  # noqa: ARG001 (a fixture takes no mark)
+    with tether.up(workers=1, data=tmp_path_factory.mktemp("hers")) as lab:
+        yield lab
 
 
 class Listener:

@@ -5,26 +5,16 @@ import os
 import stat
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import write_model
+from conftest import until, write_model
 
 import tether
 from tether.testing.requirements import needs
-from tether.testing.testnet import testnet
 
-pytestmark = [pytest.mark.swarm, needs("pythonmonkey")]
+pytestmark = [pytest.mark.swarm, needs("pythonmonkey"), pytest.mark.usefixtures("on_the_net")]
 ROWS = np.ones((2, 16), np.float32)
-PATIENCE = 60.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def net():
-    with testnet() as net, pytest.MonkeyPatch.context() as patched:
-        patched.setenv("TETHER_BOOTSTRAP", net.bootstrap)
-        yield net
 
 
 @pytest.fixture
@@ -35,14 +25,6 @@ def driver(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\necho 'NVIDIA H100 80GB HBM3, 81559'\n")
     program.chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-
-
-def until(condition):
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.1)
-    return found
 
 
 def cli(*words):

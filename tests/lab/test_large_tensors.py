@@ -11,7 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 import tether
 from tether.errors import DeadlineExceededError, PayloadTooLargeError
 from tether.testing.requirements import needs
-from tether.testing.testnet import testnet
 
 pytestmark = [pytest.mark.swarm, needs("pythonmonkey")]
 MIB = 1 << 20
@@ -45,16 +44,14 @@ class Labs:
 
 
 @pytest.fixture(scope="module")
-def labs(tmp_path_factory):
+def labs(on_the_net, tmp_path_factory):  # noqa: ARG001 (a fixture takes no mark)
     folder = tmp_path_factory.mktemp("large")
-    with testnet() as net, pytest.MonkeyPatch.context() as patched:
-        patched.setenv("TETHER_BOOTSTRAP", net.bootstrap)
-        with tether.up(workers=1, data=folder / "hers") as hers, tether.up(workers=1, data=folder / "his") as his:
-            hers.publish("narrow", write_wide(folder / "narrow.onnx", 1))
-            hers.publish("wide", write_wide(folder / "wide.onnx", 1024))
-            with tether.connect(str(hers.invite(scope="infer")), data=folder / "his") as lab:
-                assert [lab.infer(name, np.ones((1, 16), np.float32)).shape for name in ("narrow", "wide")] == [(1, 1), (1, 1024)]
-                yield Labs(hers, his, lab)
+    with tether.up(workers=1, data=folder / "hers") as hers, tether.up(workers=1, data=folder / "his") as his:
+        hers.publish("narrow", write_wide(folder / "narrow.onnx", 1))
+        hers.publish("wide", write_wide(folder / "wide.onnx", 1024))
+        with tether.connect(str(hers.invite(scope="infer")), data=folder / "his") as lab:
+            assert [lab.infer(name, np.ones((1, 16), np.float32)).shape for name in ("narrow", "wide")] == [(1, 1), (1, 1024)]
+            yield Labs(hers, his, lab)
 
 
 def memory(pid, what):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WEIGHTS, write_model
+from conftest import WEIGHTS, until, write_model
 
 import tether
 from tether.client.own_manager import OwnManager
@@ -33,30 +33,22 @@ from tether.lab import loop
 from tether.security.addresses import Address, Link
 from tether.security.identity import Identity
 from tether.testing.requirements import needs
-from tether.testing.testnet import testnet
 from tether.wire.heads import joined
 
-pytestmark = [pytest.mark.swarm, needs("pythonmonkey")]
+pytestmark = [pytest.mark.swarm, needs("pythonmonkey"), pytest.mark.usefixtures("on_the_net")]
 ROWS = np.ones((2, 16), np.float32)
 PATIENCE = 60.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def net():
-    with testnet() as net, pytest.MonkeyPatch.context() as patched:
-        patched.setenv("TETHER_BOOTSTRAP", net.bootstrap)
-        yield net
-
-
 @pytest.fixture(scope="module")
-def hers(tmp_path_factory):
+def hers(on_the_net, tmp_path_factory):  # noqa: ARG001 (a fixture takes no mark)
     """Has models and no worker."""
     with tether.up(workers=0, data=tmp_path_factory.mktemp("hers")) as lab:
         yield lab
 
 
 @pytest.fixture(scope="module")
-def his(tmp_path_factory):
+def his(on_the_net, tmp_path_factory):  # noqa: ARG001 (as above)
     """Has a worker."""
     with tether.up(workers=1, data=tmp_path_factory.mktemp("his")) as lab:
         yield lab
@@ -69,20 +61,12 @@ def let_in(hers, his):
 
 
 @pytest.fixture
-def lent(hers, his, let_in):  # noqa: ARG001 (a fixture takes no mark)
+def lent(hers, his, let_in):  # noqa: ARG001 (as above)
     loan = his.lend(hers.address)
     yield loan
     if his.lendings():
         his.end_lending(hers.address)
     until(lambda: not running(hers))
-
-
-def until(condition, patience=PATIENCE):
-    end = time.monotonic() + patience
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.02)
-    return found
 
 
 def running(lab):
@@ -142,6 +126,14 @@ def test_a_lab_without_workers_runs_its_models_on_those_of_another(hers, his, le
         f"a model of a lab without workers: first answer from another lab's worker after {first:.1f} s (fetched and loaded), then "
         f"{sorted(seconds)[10] * 1000:.1f} ms"
     )
+
+
+@pytest.mark.usefixtures("lent")
+def test_a_version_that_the_lab_that_lends_deletes_is_brought_there_again(hers, his, tmp_path):
+    hers.publish("lent-deleted", write_model(tmp_path / "m.onnx"))
+    assert answers(hers, "lent-deleted")
+    his.delete(f"{key_of(hers)[:12]}~lent-deleted", 1)
+    assert answers(hers, "lent-deleted")
 
 
 @pytest.mark.usefixtures("lent")

@@ -6,6 +6,7 @@ import pytest
 from conftest import write_model
 
 from tether import errors
+from tether.lab.loop import run_async
 from tether.security.identity import Identity
 from tether.store import Manifest, Repository, encode, signed_message
 from tether.types import ModelInfo, TensorSpec
@@ -61,14 +62,14 @@ async def test_code_of_a_stranger_is_refused_until_its_key_is_trusted(lab, other
     (tmp_path / "double.py").write_text(DOUBLE)
     version = other.version(tmp_path / "double.py", CODE)
     with pytest.raises(errors.UntrustedCodeError, match=f"tether trust {other.identity.public} --code"):
-        await send(lab, "double", *version)
+        await run_async(send(lab, "double", *version))
     await lab.atrust(other.identity.public)
-    answer = await send(lab, "double", *version)
+    answer = await run_async(send(lab, "double", *version))
     assert answer["name"] == f"{other.identity.public[:12]}~double"
 
 
 async def test_data_of_a_stranger_is_taken_and_served_under_its_publisher(lab, other, tmp_path):
-    answer = await send(lab, "weights", *other.version(write_model(tmp_path / "model.onnx"), DATA))
+    answer = await run_async(send(lab, "weights", *other.version(write_model(tmp_path / "model.onnx"), DATA)))
     assert answer["name"] == f"{other.identity.public[:12]}~weights"
     assert (await lab.ainfer(answer["name"], [[1.0] * 16])).shape == (1, 4)
 
@@ -77,7 +78,7 @@ async def test_a_manifest_that_was_changed_after_it_was_signed_is_refused(lab, o
     body, blobs = other.version(write_model(tmp_path / "model.onnx"), DATA)
     forged = base64.b64decode(body["manifest"]).replace(b'"pure":true', b'"pure":false')
     with pytest.raises((errors.BadSignatureError, errors.MalformedManifestError)):
-        await send(lab, "weights", body | {"manifest": base64.b64encode(forged).decode()}, blobs)
+        await run_async(send(lab, "weights", body | {"manifest": base64.b64encode(forged).decode()}, blobs))
 
 
 async def test_trust_needs_a_key(lab):

@@ -1,5 +1,7 @@
 """What `tether up` says of relays reaches the manager, and a wrong address is said before anything is started."""
 
+import asyncio
+
 import pytest
 
 import tether
@@ -22,7 +24,9 @@ RELAY = str(Address(Identity(b"somebody" * 4).public))
     ],
 )
 def test_the_manager_is_told(tmp_path, wished, options):
-    assert Supervisor(UpSettings(DataFolder(tmp_path), gateway=False, **wished))._swarm_options() == options
+    supervisor = Supervisor(UpSettings(DataFolder(tmp_path).create(), gateway=False, **wished))
+    assert supervisor._swarm_options() == options
+    asyncio.run(supervisor.stop())
 
 
 def test_an_address_that_is_none_starts_nothing(tmp_path):

@@ -1,9 +1,9 @@
 """What dies comes back, what ends leaves nothing behind, and nobody who was promised an answer goes without one."""
 
 import contextlib
-import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -23,6 +24,7 @@ import tether
 from tether import errors
 from tether.config import DataFolder
 from tether.lab.launch import running
+from tether.lab.ports import CHOOSING, claimed
 from tether.security.keys import ensure_api_key
 
 X = np.random.default_rng(5).random((3, 16), dtype=np.float32)
@@ -75,6 +77,12 @@ def processes_of(data):
     alive = psutil.process_iter(["cmdline", "status"])
     named = [process for process in alive if any(str(data) in part for part in process.info["cmdline"] or ())]
     return [process for process in named if process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid()]
+
+
+def catches(pid, number):
+    """Whether a process would end by this signal in its own way: it is started so far."""
+    (caught,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(caught, 16) >> (number - 1) & 1
 
 
 class Load:
@@ -139,16 +147,23 @@ def kill_and_wait(lab, name):
     return time.monotonic() - killed
 
 
+@pytest.fixture(scope="module")
+def mortal(tmp_path_factory):
+    """A lab whose services are killed one after the other, by one test after the other."""
+    with tether.up(workers=2, data=tmp_path_factory.mktemp("mortal"), swarm=False) as started:
+        yield started
+
+
 @pytest.mark.parametrize("name", ["worker-1", "manager", "gateway", "orchestrator"])
-def test_every_service_that_is_killed_comes_back_and_answers(own_lab, tmp_path, name):
-    own_lab.publish("tiny", write_model(tmp_path / "model.onnx"))
-    own_lab.infer("tiny", X)
-    before = service(own_lab, name)
+def test_every_service_that_is_killed_comes_back_and_answers(mortal, tmp_path, name):
+    mortal.publish(f"before-{name}", write_model(tmp_path / "model.onnx"))
+    mortal.infer(f"before-{name}", X)
+    before = service(mortal, name)
     os.kill(before.pid, signal.SIGKILL)
-    eventually(lambda: (now := service(own_lab, name)).state == "running" and now.pid != before.pid)
-    answer = eventually(lambda: own_lab.infer("tiny", X) is not None)
+    eventually(lambda: (now := service(mortal, name)).state == "running" and now.pid != before.pid)
+    answer = eventually(lambda: mortal.infer(f"before-{name}", X) is not None)
     assert answer
-    assert eventually(lambda: own_lab.publish("again", write_model(tmp_path / "again.onnx", scale=3))).version == 1
+    assert eventually(lambda: mortal.publish(f"after-{name}", write_model(tmp_path / "again.onnx", scale=3))).version == 1
 
 
 def test_close_leaves_no_process_and_a_new_lab_finds_the_models(tmp_path):
@@ -222,17 +237,16 @@ def test_two_that_start_a_lab_on_one_folder_at_once_share_it(tmp_path, capsys):
 
 
 def test_a_lab_that_waits_for_another_to_choose_its_ports_ends_when_it_is_told_to(tmp_path, started):
-    shared = tmp_path / f"tether-{os.getuid()}"
-    shared.mkdir(mode=0o700)
-    lock = shared / "ports.lock"
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    claim = eventually(lambda: claimed(CHOOSING, tmp_path))  # other tests start labs, too
+    try:
         process = started(tmp_path / "data", {"TMPDIR": str(tmp_path)})
-        eventually(lambda: str(lock) in {each.path for each in psutil.Process(process.pid).open_files()})
+        eventually(lambda: catches(process.pid, signal.SIGTERM))
         process.terminate()
         output, _ = process.communicate(timeout=PROMPT)
+    finally:
+        os.close(claim)
     assert process.returncode == 0, output
-    assert list(shared.iterdir()) == [lock]
+    assert list((tmp_path / f"tether-{os.getuid()}").iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -272,11 +286,11 @@ def test_gpus_that_are_not_there_are_refused(tmp_path):
         tether.up(workers=1, gpus=1, data=tmp_path / "data")
 
 
-def test_a_manager_whose_port_somebody_took_meanwhile_comes_back_on_another_one(own_lab, tmp_path):
-    own_lab.publish("tiny", write_model(tmp_path / "tiny.onnx"))
+def test_a_manager_whose_port_somebody_took_meanwhile_comes_back_on_another_one(mortal, tmp_path):
+    mortal.publish("moved", write_model(tmp_path / "tiny.onnx"))
 
     def manager():
-        return next(service for service in own_lab.status().services if service.role == "manager")
+        return next(service for service in mortal.status().services if service.role == "manager")
 
     before = manager()
     host, port = before.address.removeprefix("tls://").rsplit(":", 1)
@@ -287,7 +301,7 @@ def test_a_manager_whose_port_somebody_took_meanwhile_comes_back_on_another_one(
         taken.listen()
         after = eventually(lambda: (found := manager()).state == "running" and found.pid != before.pid and found)
         assert after.address != before.address
-        assert eventually(lambda: own_lab.publish("tiny", write_model(tmp_path / "tiny2.onnx", 2.0)).version == 2)
+        assert eventually(lambda: mortal.publish("moved", write_model(tmp_path / "tiny2.onnx", 2.0)).version == 2)
 
 
 def bound(taken, address):

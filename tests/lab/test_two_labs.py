@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
-from conftest import WEIGHTS, write_model
+from conftest import WEIGHTS, until, write_model
+from starvation import Watch
 
 import tether
 from tether.cli import tether as command
@@ -29,39 +30,23 @@ from tether.errors import (
 from tether.security.addresses import Address
 from tether.security.identity import Identity
 from tether.testing.requirements import needs
-from tether.testing.testnet import testnet
 
-pytestmark = [pytest.mark.swarm, needs("pythonmonkey")]
+pytestmark = [pytest.mark.swarm, needs("pythonmonkey"), pytest.mark.usefixtures("on_the_net")]
 ROWS = np.ones((2, 16), np.float32)
 PATIENCE = 30.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def net():
-    with testnet() as net, pytest.MonkeyPatch.context() as patched:
-        patched.setenv("TETHER_BOOTSTRAP", net.bootstrap)
-        yield net
-
-
 @pytest.fixture(scope="module")
-def hers(tmp_path_factory):
+def hers(on_the_net, tmp_path_factory):  # noqa: ARG001 (a fixture takes no mark)
     """The lab that the tests share, each with models of its own name."""
     with tether.up(workers=1, data=tmp_path_factory.mktemp("hers")) as lab:
         yield lab
 
 
 @pytest.fixture(scope="module")
-def his(tmp_path_factory):
+def his(on_the_net, tmp_path_factory):  # noqa: ARG001 (as above)
     with tether.up(workers=1, data=tmp_path_factory.mktemp("his")) as lab:
         yield lab
-
-
-def until(condition, patience=PATIENCE):
-    end = time.monotonic() + patience
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.02)
-    return found
 
 
 def answers(lab, model, scale):
@@ -97,12 +82,12 @@ def test_what_is_taken_back_ends_within_a_second(hers, tmp_path):
         assert answers(lab, "taken", 1)
         (peer,) = [peer for peer in hers.peers.values() if peer.scopes == ("infer:taken",)]
         hers.disallow(peer.peer)
-        began = time.monotonic()
+        began = Watch()
         with pytest.raises((ForbiddenError, ServiceUnavailableError)):
             lab.infer("taken", ROWS)
         with pytest.raises(ForbiddenError):
             until(lambda: not answers(lab, "taken", 1), 1.0)
-        assert time.monotonic() - began < 5
+        assert began.seconds() < 5
 
 
 def test_a_model_is_kept_up_to_date_in_another_lab(hers, his, tmp_path, measured):
@@ -205,9 +190,9 @@ def test_a_lab_is_on_the_swarm_once_somebody_is_invited_and_back_under_its_addre
             assert answers(lab, "digits", 1)
             assert hers.status().swarm.peers == 1
             os.kill(manager.pid, signal.SIGKILL)
-            killed = time.monotonic()
+            killed = Watch()
             assert answers(lab, "digits", 1)  # one call: it is made again, since the model is pure
-            seconds = time.monotonic() - killed
+            seconds = killed.seconds()
     measured(f"a colleague's call to a lab whose manager was killed is answered after {seconds:.1f} s")
     assert seconds < 20  # of which its start is most; without doubts the stream would be given up after 30
 

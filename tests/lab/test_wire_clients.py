@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 
@@ -10,6 +11,8 @@ import pytest
 import tritonclient.http as triton
 from conftest import WEIGHTS, write_model
 
+HEARTBEATS = 60.0
+"""Seconds in which workers have told how they are."""
 X = np.random.default_rng(5).random((3, 16), dtype=np.float32)
 
 
@@ -129,3 +132,24 @@ def test_metrics_count_what_was_asked(served):
     ]
     assert float(line.split()[-1]) >= 1
     assert "tether_request_duration_seconds_bucket{" in text.decode()
+
+
+def test_metrics_tell_what_workers_did_and_use(served):
+    ask(served, "/v2/models/wire/infer", {"inputs": [tensor()]})
+
+    def told():
+        """The most that any worker tells."""
+        values = {}
+        for line in ask(served, "/metrics")[1].decode().splitlines():
+            if 'worker="' in line:
+                name = line.partition("{")[0]
+                values[name] = max(values.get(name, 0.0), float(line.split()[-1]))
+        return values if values.get("tether_model_rows_total") and values.get("tether_worker_memory_bytes") else None
+
+    deadline = time.monotonic() + HEARTBEATS
+    while (found := told()) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found, "no heartbeat told of it"
+    assert found["tether_worker_memory_bytes"] > 20 << 20
+    assert found["tether_worker_cpu_seconds_total"] > 0
+    assert found["tether_model_inference_seconds_total"] > 0

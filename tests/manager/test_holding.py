@@ -19,6 +19,7 @@ from tether.manager.peering.members import Members
 from tether.manager.peering.replication import Policy
 from tether.manager.peering.shelf import RepositoryShelf
 from tether.manager.peering.subscriptions import Subscription
+from tether.store.collecting import collection, promises
 from tether.swarm.feeds.entries import Content
 from tether.swarm.feeds.state import FeedState, FeedStates, Verdict
 from tether.types import ModelInfo
@@ -103,6 +104,7 @@ async def holders(labs, monkeypatch):
     three = [Holder(labs(number), found) for number in (1, 2, 3)]
     yield three
     for each in three:
+        await each.copying._freeing.aclose()
         for asking in each.copying._groups.values():
             await asking.aclose()
         for kept in each.kept.values():
@@ -229,6 +231,25 @@ def lower(hers, policy):
 
 def count(holders, name):
     return sum(name in each.has() for each in holders)
+
+
+def stored_nbytes(holder):
+    return sum(path.stat().st_size for path in (holder.lab.folder / "store" / "packs").glob("*.pack"))
+
+
+async def test_the_bytes_of_a_copy_that_goes_are_given_back_and_no_others(holders, monkeypatch):
+    for each in (collection, promises):
+        monkeypatch.setattr(each, "PROMISE", 0.0)  # what came in was promised to be here, for an hour
+    hers, his, theirs = holders
+    await spread(holders, names=("a", "b"))
+    his.holding(hers.lab.key).subscribe(Subscription(hers.lab.key, ("b",)))
+    await until(holders, lambda: "b" not in his.agreements.taken(hers.lab.key))
+    before = stored_nbytes(his)
+    lower(hers, Policy(1))
+    await until(holders, lambda: (his.has(), theirs.has()) == ({"b"}, set()))
+    await until(holders, lambda: stored_nbytes(theirs) == 0)
+    await until(holders, lambda: before / 3 < stored_nbytes(his) < before * 2 / 3)
+    assert his.lab.repository.verify().problems == ()
 
 
 async def test_when_fewer_copies_are_asked_for_those_that_are_too_many_go_and_the_publisher_keeps_its_own(holders):

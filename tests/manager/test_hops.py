@@ -42,6 +42,7 @@ class Rig:
     async def aclose(self):
         for transport in self.transports:
             transport.close()
+        self.ring.close()
         if self.server is not None:
             await self.server.aclose()
 
@@ -172,6 +173,44 @@ async def test_closing_the_server_loses_what_is_open_at_once(rig):
     await rig.server.aclose()
     assert await asked is Undelivered.LOST
     assert (len(rig.ended), rig.server.in_flight) == (1, 0)
+
+
+async def test_a_server_that_retires_answers_what_it_has_and_sends_nothing_more(rig):
+    rig.serve()
+    go, transport = asyncio.Event(), rig.gateway()
+
+    async def answer(hop):
+        await go.wait()
+        return await echo(hop)
+
+    rig.answer = answer
+    large = ask(transport, b"x" * (8 << 20))
+    await eventually(lambda: rig.hops)
+    retiring = asyncio.create_task(rig.server.retire(PROMPT))
+    await eventually(lambda: not rig.endpoint.exists())
+    assert await ask(transport) is Undelivered.NOT_SENT
+    go.set()
+    assert (await large).body == b"x" * (8 << 20)
+    await retiring
+    await eventually(lambda: transport.closed)
+
+
+async def test_what_is_on_its_way_when_a_server_retires_was_not_sent(rig):
+    rig.serve()
+    transport = rig.gateway()
+    await ask(transport)
+    late = ask(transport)
+    await rig.server.retire(PROMPT)
+    assert await late is Undelivered.NOT_SENT
+
+
+async def test_a_server_that_retires_waits_no_longer_than_it_is_told(rig):
+    rig.serve()
+    rig.answer, transport = never, rig.gateway()
+    asked = ask(transport)
+    await eventually(lambda: rig.hops)
+    await rig.server.retire(0.05)
+    assert await asked is Undelivered.LOST
 
 
 async def test_what_is_too_much_was_not_sent_and_one_large_body_always_passes(rig):

@@ -12,7 +12,9 @@ from tether.errors import (
     DeadlineExceededError,
     ForbiddenError,
     MalformedRequestError,
+    ManagerLeavingError,
     NoWorkerError,
+    PeerLeavingError,
     PeerUnreachableError,
     ProtocolError,
     QueueFullError,
@@ -91,6 +93,8 @@ def test_an_answer_in_other_words_goes_on_as_it_is():
 def test_only_what_surely_did_not_run_is_not_sent():
     for error in (PeerUnreachableError("x"), NoWorkerError("x"), QueueFullError("x"), UnknownModelError("x"), ForbiddenError("x")):
         assert failed(error) is Undelivered.NOT_SENT
+    for error in (PeerLeavingError("x"), ManagerLeavingError("x")):
+        assert failed(error) is Undelivered.NOT_SENT, "though it is a ServiceUnavailableError"
     for error in (StreamLostError("x", "ECONNRESET"), ServiceUnavailableError("x"), WorkerLostError("x")):
         assert failed(error) is Undelivered.LOST
     for error, status in ((BadInputError("x"), 400), (DeadlineExceededError("x"), 504), (ProtocolError("x"), 502)):

@@ -50,6 +50,21 @@ class Story:
         return {each.peer for each in self.state.workers}
 
 
+def test_one_that_is_about_to_end_is_down_and_asked_until_the_next_process_answers():
+    story = Story()
+    story.register(A)
+    (before,) = story.state.workers
+    story.delay[A] = None
+    assert story.state.leaves(A, story.now)
+    assert not story.state.leaves(A, story.now)
+    assert not story.state.leaves(B, story.now)
+    assert story.up() == set()
+    story.delay[A] = 0.05
+    story.run(2)
+    (after,) = story.state.workers
+    assert after.number > before.number, "what was loaded there is not there any more"
+
+
 def test_one_that_answers_is_asked_each_second_and_stays():
     story = Story()
     story.register(A)

@@ -18,7 +18,7 @@ from tether.security.identity import Identity
 from tether.security.scopes import Scope
 from tether.store import Repository
 from tether.store.format.encrypted import ModelContext
-from tether.swarm.engine import engine
+from tether.swarm.engine import interpreter
 
 LAB, PEER = Identity(bytes([1]) * 32), Identity(bytes([2]) * 32)
 SCOPES = (Scope.parse("infer"),)
@@ -147,7 +147,7 @@ def slow(lab, monkeypatch):
     monkeypatch.setattr(peering.Presence, "begin", presence.begin)
     monkeypatch.setattr(peering, "_LOOK", 0.01)
     monkeypatch.setattr(Peering, "_weigh", lambda *_: None)
-    monkeypatch.setattr(engine, "check_installed", lambda: None)
+    monkeypatch.setattr(interpreter, "check_installed", lambda: None)
     monkeypatch.setattr(peering, "check_installed", lambda: None)
     lab.registry.invite(SCOPES, uses=1)
     return presence
@@ -212,7 +212,7 @@ async def test_who_is_allowed_to_decrypt_only_needs_no_swarm(island):
 
 
 async def test_where_the_engine_is_missing_an_invitation_says_what_to_install(lab, monkeypatch):
-    monkeypatch.setattr(engine, "find_spec", lambda _: None)
+    monkeypatch.setattr(interpreter, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'tether\[swarm\]'"):
         await lab.operations.admission.invite(["infer:digits"])
     told = await lab.peering.swarm()
@@ -221,7 +221,7 @@ async def test_where_the_engine_is_missing_an_invitation_says_what_to_install(la
 
 
 async def test_a_lab_says_why_it_is_not_on_the_swarm(lab, monkeypatch):
-    monkeypatch.setattr(engine, "check_installed", lambda: None)
+    monkeypatch.setattr(interpreter, "check_installed", lambda: None)
     async with looking_after(lab):
         await asyncio.sleep(0)
         told = await lab.peering.swarm()

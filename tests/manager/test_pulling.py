@@ -24,7 +24,7 @@ from tether.errors import (
 from tether.manager.peering import looking, pulling
 from tether.manager.peering.pulling import Wish
 from tether.security.volatile import SETTING
-from tether.store import Manifest, signed_message
+from tether.store import Manifest, Repository, signed_message
 from tether.store.format.encrypted import ModelContext
 from tether.swarm.feeds.entries import Content
 from tether.types import ModelInfo, ModelRef
@@ -202,6 +202,22 @@ async def test_what_is_not_what_its_manifest_says_becomes_no_version_here(pair, 
     assert puller.says() == {}
     assert not list((puller.folder / "pulling").iterdir())
     assert not [path for path in (puller.folder / "store" / "cache").iterdir() if len(path.name) == 64]
+
+
+async def test_the_files_that_were_looked_at_are_those_that_a_worker_loads(pair, monkeypatch):
+    publisher, puller = pair
+    publisher.give("net", {"net.onnx": model_bytes(1)})
+    (first,) = await puller.pull(publisher)
+    looked_at = puller.folder / "store" / "cache" / first.digest / "net.onnx"
+    inode = looked_at.stat().st_ino
+    with Repository.open(puller.folder / "store", read_only=True) as reader:
+        assert reader.checkout(first.digest) / looked_at.name == looked_at
+    assert looked_at.stat().st_ino == inode, "it was not written once more"
+
+    monkeypatch.setattr(looking, "default_nbytes", lambda _: 0)
+    publisher.give("other", {"net.onnx": model_bytes(2)})
+    await puller.pull(publisher)
+    assert not [path for path in (puller.folder / "store" / "cache").iterdir() if len(path.name) == 64], "there is no room for them"
 
 
 async def test_who_has_no_scope_gets_nothing(labs):

@@ -205,9 +205,75 @@ def test_the_cap_on_what_comes_in_is_that_of_all_downloads_together():
     assert waits == pytest.approx([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
 
 
+def parts(count, *others):
+    """Of blobs that only the origin has: mine, and those of `others`, by whose lots are lowest."""
+    lots = {name: Sources(count, name, "v")._lots for name in (ME, *others)}
+    lowest = [min(lots, key=lambda name: lots[name][index]) for index in range(count)]
+    return [[index for index in range(count) if lowest[index] == name] for name in (ME, *others)]
+
+
+def asked_of(sources, count, now, nbytes=BLOB):
+    return sorted(asking.index for asking in sources.next(range(count), [nbytes] * count, now))
+
+
+def with_origin(count):
+    sources = Sources(count, ME, "v")
+    sources.joined("origin", everything(count), 0.0, is_origin=True)
+    sources._peers["origin"].rate = 1e9  # so that there is room for all
+    return sources
+
+
+def with_the_part_of_another():
+    """A version of one blob, which another one who fetches it, too, is to ask the origin for."""
+    lucky, own = sorted("ab", key=lambda name: Sources(1, name, "v")._lots[0])
+    sources = Sources(1, own, "v")
+    sources.joined("origin", [True], 0.0, is_origin=True)
+    sources.joined(lucky, [False], 0.0)
+    return sources
+
+
+def test_who_is_being_connected_to_has_a_part_of_what_the_origin_sends():
+    mine, theirs = parts(4, "a")
+    sources = with_origin(4)
+    sources.expected(["a"], 0.0)
+    assert asked_of(sources, 4, 0.0) == mine
+    assert sources.next(theirs, [BLOB] * 4, 2.9) == []
+    assert asked_of(sources, 4, 3.1) == theirs
+
+
+def test_who_does_not_come_has_none():
+    sources = with_origin(4)
+    sources.expected(["a"], 0.0)
+    sources.left("a")
+    assert asked_of(sources, 4, 0.0) == [0, 1, 2, 3]
+
+
+def test_who_has_nothing_to_do_leaves_others_their_part_for_about_as_long_as_it_takes():
+    sources = with_the_part_of_another()
+    assert [bool(sources.next([0], [BLOB], now)) for now in (0.0, 1.0, 1.1)] == [False, False, True]
+
+
+def test_a_small_blob_is_not_waited_for():
+    sources = with_the_part_of_another()
+    assert [bool(sources.next([0], [4096], now)) for now in (0.0, 0.01)] == [False, True]
+
+
+def test_another_one_is_asked_later_where_all_take_long():
+    sources = Sources(3, ME, "v")
+    for name in ("slow", "slower"):
+        sources.joined(name, everything(3), 0.0)
+    asked = [sources.ask(index, BLOB, 0.0) for index in range(2)]
+    assert {asking.peer for asking in asked} == {"slow", "slower"}
+    (first,) = [asking.index for asking in asked if asking.peer == "slow"]
+    sources.arrived("slow", first, 1.5)
+    assert sources.stalled(2.5) == []
+    assert sources.stalled(6.1) == [1 - first]
+
+
 CALLS = {
     "join": lambda sources, peer, _, now, bits: sources.joined(peer, bits, now, is_origin=peer == "origin"),
     "gain": lambda sources, peer, index, now, _: sources.gained(peer, [index], now),
+    "expect": lambda sources, peer, _, now, __: sources.expected([peer], now),
     "leave": lambda sources, peer, *_: sources.left(peer),
     "next": lambda sources, _peer, _index, now, _bits: sources.next(range(6), [BLOB] * 6, now),
     "arrive": lambda sources, peer, index, now, _: sources.arrived(peer, index, now),
@@ -311,6 +377,13 @@ def test_the_origin_sends_little_more_than_one_copy_however_many_fetch(labs, mea
     )
     assert ratio <= 1.1
     assert seconds < 1.6 * line
+
+
+def test_so_it_is_where_each_fetches_one_blob_of_it():
+    swarm = Swarm(8, 8)
+    seconds = swarm.run()
+    assert swarm.sent["origin"] == 8
+    assert seconds < 2.5 * 8 * BLOB / 1e8
 
 
 def test_a_lab_with_a_slow_line_holds_the_others_up_little(measured):

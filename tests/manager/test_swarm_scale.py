@@ -38,15 +38,18 @@ def test_the_same_seed_gives_the_same_numbers_in_another_process_and_another_see
 
 
 def test_eight_labs_cost_the_origin_little_more_than_one_copy(once, measured):
-    eight = once[0]["downloads"][0]
-    measured(f"eight labs, lines alike: the origin sends {eight['origin sends']:.2f} copies, all after {eight['all after']:.2f} lines")
-    assert (eight["labs"], eight["done"]) == (8, 8)
-    assert 1 <= eight["origin sends"] <= 1.2
-    assert 1 <= eight["half after"] <= eight["all after"] < 2
+    for eight, longest in zip(once[0]["downloads"], (2, 3), strict=False):
+        measured(
+            f"eight labs, {eight['blobs']} blobs, lines alike: the origin sends {eight['origin sends']:.2f} copies, "
+            f"all after {eight['all after']:.2f} lines"
+        )
+        assert (eight["labs"], eight["done"]) == (8, 8)
+        assert 1 <= eight["origin sends"] <= 1.1
+        assert 1 <= eight["half after"] <= eight["all after"] < longest
 
 
 def test_labs_that_come_late_and_leave_hold_up_nobody_who_stays(once):
-    for row in once[0]["downloads"][1:]:
+    for row in once[0]["downloads"][2:]:
         leaving = round(row["leaving"] * row["labs"])
         assert row["labs"] - leaving <= row["done"] <= row["labs"]
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tether.errors import QueueFullError
+from tether.errors import ManagerLeavingError, QueueFullError
 from tether.manager.peering.turnstile import Turnstile
 
 
@@ -73,3 +73,21 @@ async def test_one_that_is_cancelled_at_its_turn_passes_it_on():
 async def test_nobody_runs_without_a_slot():
     with pytest.raises(QueueFullError):
         await Crowd(Turnstile(0)).one()
+
+
+async def test_who_leaves_lets_end_what_runs_and_turns_away_who_waits():
+    turnstile = Turnstile(1)
+    crowd = Crowd(turnstile)
+    inside, waits, gives_up = [asyncio.create_task(crowd.one()) for _ in range(3)]
+    await settle()
+    turnstile.leave()
+    gives_up.cancel()
+    with pytest.raises(ManagerLeavingError):
+        await waits
+    with pytest.raises(ManagerLeavingError):
+        await crowd.one()
+    await settle()
+    assert (crowd.inside, turnstile.free) == (1, 0)
+    crowd.go.set()
+    await inside
+    assert (gives_up.cancelled(), turnstile.free) == (True, 1)

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import dask.config
 import pytest
 from blake3 import blake3
+from starvation import Watch
 
 from tether.client.cluster import ManagerClient, OrchestratorClient
 from tether.config import HOUSEKEEPING, DataFolder
@@ -30,7 +32,8 @@ from tether.swarm.feeds.state import FeedState, FeedStates
 from tether.testing.requirements import needs
 from tether.types import ModelInfo, TensorSpec
 
-PROMPT = 40.0
+PROMPT = 120.0
+"""Seconds until a wait is given up, which a busy machine may need for the start of a process; no promise."""
 TAKE_OVER = 10.0
 SPEC = TensorSpec("x", "FP32", (-1, 4))
 INFO = ModelInfo("onnx", "onnx", (SPEC,), (SPEC,), batched=True, pure=True, code=False)
@@ -119,6 +122,10 @@ class Cluster:
 
     async def start(self, name):
         await self.managers[name].start()
+
+    def pids(self):
+        """Of all that has a part in a take-over, this process too."""
+        return [os.getpid(), *(each.process.pid for each in (self.orchestrator, *self.managers.values()) if each.process is not None)]
 
     def lease(self):
         path = self.root / "orchestrator" / "lease.json"
@@ -229,9 +236,9 @@ class Load:
         number = 0
         while True:
             number += 1
-            started = time.monotonic()
+            watch = Watch(self.cluster.pids)
             self.published.append(await self.cluster.publish(number))
-            self.slowest = max(self.slowest, time.monotonic() - started)
+            self.slowest = max(self.slowest, watch.seconds())
             await asyncio.sleep(0.02)  # the machine has other tests to run
 
     async def read(self):
@@ -260,11 +267,11 @@ async def test_row_13_a_writer_that_is_killed_with_its_disk_loses_nothing_that_w
             await load.more()
             await cluster.in_step(follower)
             await cluster.managers[writer].kill()
-            killed = time.monotonic()
+            killed = Watch(cluster.pids)
             shutil.rmtree(cluster.root / writer / "store")
             await cluster.writes(follower)
             await load.more(1)
-            times.append(time.monotonic() - killed)
+            times.append(killed.seconds())
             await cluster.start(writer)
             writer, follower = follower, writer
             await cluster.in_step(follower)
@@ -336,9 +343,9 @@ async def test_a_late_follower_becomes_of_the_same_lab_fetches_everything_and_ma
     await cluster.client.allow(ALICE.public, ["replicate"])  # it is answered when the follower has it
     assert all_rows(cluster.root / "b" / "access.sqlite", "SELECT key, scopes FROM peers") == [(ALICE.public, "replicate")]
     await cluster.managers["a"].end()
-    handed_over = time.monotonic()
+    handed_over = Watch(cluster.pids)
     await cluster.writes("b")
-    assert time.monotonic() - handed_over < TAKE_OVER / 2
+    assert handed_over.seconds() < TAKE_OVER / 2
     await cluster.assert_all_there(published[:4])
     answer = await cluster.client.rollback(f"{ALICE.public[:12]}~net", "prod")
     assert (answer["from"], answer["to"]) == (3, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import dask.config
 import msgspec
 import pytest
-from distributed import Scheduler, Security
+from distributed import Scheduler
 from distributed.core import CommClosedError, Server, Status, rpc
 
 from tether.client.cluster import ManagerClient, OrchestratorClient
@@ -19,6 +19,7 @@ from tether.manager.clustered import until
 from tether.manager.operations import Operations
 from tether.orchestrator.plugin import OrchestratorPlugin
 from tether.routing.table import Table
+from tether.security.comms import dask_security
 from tether.security.identity import Identity
 from tether.security.tls import ensure_tls
 from tether.store import Repository
@@ -44,14 +45,14 @@ async def eventually(condition):
 
 
 async def listening(server, tls):
-    await server.listen("tls://127.0.0.1:0", **Security(**tls.security()).get_listen_args("worker"))
+    await server.listen("tls://127.0.0.1:0", **dask_security(tls).get_listen_args("worker"))
     return server
 
 
 @pytest.fixture
 async def orchestrator(tls):
     """A scheduler with the plugin, and the plugin."""
-    security = Security(**tls.security())
+    security = dask_security(tls)
     async with Scheduler(
         host="127.0.0.1", port=0, protocol="tls", security=security, dashboard=False, dashboard_address="127.0.0.1:0"
     ) as scheduler:
@@ -64,14 +65,15 @@ async def orchestrator(tls):
 async def test_a_manager_whose_catalog_cannot_be_read_ends_instead_of_staying_detached(orchestrator, tls, tmp_path):
     scheduler, plugin = orchestrator
     repository = Repository.open(tmp_path / "store", own=LAB.public)
-    security = Security(**tls.security())
-    manager = await listening(ClusterServer(Operations(repository, LAB, tmp_path / "publishing"), scheduler.address, security), tls)
+    operations = Operations(repository, LAB, tmp_path / "publishing")
+    manager = await listening(ClusterServer(operations, scheduler.address, dask_security(tls)), tls)
     following = asyncio.create_task(manager.follow())
     await eventually(lambda: plugin._state.table.manager == manager.address)
     repository.close()
     with pytest.raises(StoreError):
         await asyncio.wait_for(until(asyncio.Event().wait(), following), PROMPT)
     await manager.close()
+    operations.close()
     await eventually(lambda: plugin._state.table.manager is None)
 
 
@@ -132,7 +134,7 @@ async def borrowing(orchestrator, tls, tmp_path, monkeypatch):
     with Repository.open(tmp_path / "store", own=LAB.public) as repository:
         operations = Operations(repository, LAB, tmp_path / "publishing")
         monkeypatch.setattr(operations, "catalog", lambda: {"digits": CatalogModel("digits", 1, {"latest": 1}, {1: (DIGITS, INFO)})})
-        manager = await listening(ClusterServer(operations, scheduler.address, Security(**tls.security())), tls)
+        manager = await listening(ClusterServer(operations, scheduler.address, dask_security(tls)), tls)
         lines = Lines(refuses=UntrustedCodeError("not this publisher's code"))
         manager.offer_borrowing(lines)
         connect, manager.comms = manager._connect, []
@@ -143,6 +145,7 @@ async def borrowing(orchestrator, tls, tmp_path, monkeypatch):
         manager.following.cancel()
         await asyncio.gather(manager.following, return_exceptions=True)
         await manager.close()
+        operations.close()
 
 
 async def remembered(connecting, comms):

@@ -34,6 +34,15 @@ def test_the_lab_takes_its_copies_though_lent_workers_have_some():
     assert place([lent("b", loading=True), worker("w1")], 2) == ["w1"]
 
 
+def test_a_copy_that_is_not_the_only_one_goes_where_it_puts_nobody_out():
+    full = {"roomy": False}
+    assert place([worker("w1", **full), worker("w2", 7)], 2) == ["w2"]
+    assert place([worker("w1", 3, **full), worker("w2", **full)], 2) == ["w2"]
+    assert place([worker("w1", loaded=True), worker("w2", **full), worker("w3", 7)], 2) == ["w3"]
+    assert place([worker("w1", loaded=True), worker("w2", **full)], 2) == []
+    assert place([worker("w1", **full), lent("b", loading=True)], 2) == [], "who put it out just now is left alone while another lab has it"
+
+
 Candidates = st.lists(
     st.builds(worker, st.just(""), st.integers(0, 3), loaded=st.booleans(), loading=st.booleans(), able=st.booleans(), lent=st.booleans())
 )

@@ -7,6 +7,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from tether.events import (
     CatalogChanged,
     CatalogModel,
+    Evicting,
     LentChanged,
     LentWorker,
     LoadCut,
@@ -21,7 +22,7 @@ from tether.events import (
 )
 from tether.orchestrator.registry import RETRY_AFTER
 from tether.orchestrator.state import FORGET_AFTER, ControlState, Load, Push, Unload
-from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId
+from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId, WorkerMemory
 
 SPEC = TensorSpec("x", "FP32", (-1, 4))
 INFO = ModelInfo("onnx", "onnx", (SPEC,), (SPEC,), batched=True, pure=True, code=False)
@@ -230,6 +231,16 @@ def test_the_lines_end_with_the_manager_that_has_them():
     assert state.table.workers == {}
 
 
+def test_a_version_that_a_lent_worker_has_no_more_is_loaded_there_again():
+    state = running(catalog(1), lent("b"), ModelWanted(version()), Loaded("b", 1, version(), "/s/1"))
+    closed = LentChanged(1, (LentWorker(WorkerId("b"), "key of b", 1, 1, 4, closed=("/s/1",)),))
+    assert of(state.handle(closed, 1.0), Load) == [Load("b", 1, version(), "tls://m")]
+    assert state.table.resolve("digits").routes == ()
+    state.handle(Loaded("b", 1, version(), "/s/2"), 2.0)
+    state.handle(closed, 3.0)
+    assert [route.endpoint for route in state.table.resolve("digits").routes] == ["/s/2"]
+
+
 def test_what_a_lent_worker_refuses_is_no_reason_to_refuse_requests_while_a_worker_of_the_lab_may_come_back():
     state = running(catalog(1), joined(1), lent("b"), ModelWanted(version()), Loaded("tls://w1", 101, version(), "/s/1"))
     state.handle(LoadFailed("b", 1, version(), "untrusted_code", "no"), 1.0)
@@ -355,6 +366,18 @@ class Cluster(RuleBasedStateMachine):
             before = self.state.table
             self.do(self.end_of(self.late.pop(), end))
             assert self.state.table.workers == before.workers
+
+    @rule(data=st.data())
+    def evict(self, data):
+        """A worker of the lab puts out what it has; it is not told to load it again for that."""
+        own = [(worker, name) for worker in self.state.table.workers.values() if worker.transport == "unix" for name in worker.models]
+        if own:
+            worker, name = data.draw(st.sampled_from(sorted(own, key=lambda each: (each[0].id, each[1]))))
+            entry = self.state.table.models[name.partition(":")[0]].versions.get(int(name.partition(":")[2]))
+            (endpoint,) = [each.endpoint for each in entry.routes if each.worker == worker.id]
+            before = len(self.loading)
+            self.do(Evicting(worker.address, worker.pid, entry.model, endpoint, WorkerMemory()))
+            assert len(self.loading) <= before + (len(entry.routes) > 1)
 
     @rule()
     def tick(self):

@@ -1,5 +1,6 @@
 """What did not run is told once at the end of a run, and fails it where everything is required."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,11 @@ def run(tmp_path, monkeypatch):
     def run(tests=TWO_TESTS):
         (tmp_path / "test_two.py").write_text(tests)
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(CONFTEST.parent)},
         )
         return done.returncode, done.stdout
 

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import runtime_models as models
 
+from tether.config import has_cards
 from tether.errors import ConfigError
 from tether.runtimes import devices, inspect, load
 
@@ -26,9 +27,9 @@ def test_cards_are_used_where_they_are_and_unless_they_are_hidden(monkeypatch):
     assert devices.onnx_providers([CUDA, CPU]) == [(CUDA, {}), CPU]
     assert devices.onnx_providers([CPU]) == [CPU]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert devices.has_cards()
+    assert has_cards()
     devices.hide_cards()
-    assert not devices.has_cards()
+    assert not has_cards()
     assert devices.onnx_providers([CUDA, CPU]) == [CPU]
 
 
@@ -79,6 +80,6 @@ def test_a_compiled_model_answers_as_before_and_so_does_one_that_cannot_be_compi
 def test_runners_are_told_by_the_environment():
     devices.use_providers(["CPU"], [CPU])
     devices.hide_cards()
-    code = "from tether.runtimes import devices; print(devices.has_cards(), devices.onnx_providers([]))"
+    code = "from tether.config import has_cards; from tether.runtimes import devices; print(has_cards(), devices.onnx_providers([]))"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert told.split() == ["False", "['CPUExecutionProvider']"]

@@ -7,20 +7,31 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import psutil
 import pytest
 
-from tether.errors import BadModelError, InternalError, LoadFailedError, MissingDependencyError, ModelFailedError, WorkerLostError
+from tether.errors import (
+    BadModelError,
+    InternalError,
+    LoadFailedError,
+    MissingDependencyError,
+    ModelFailedError,
+    NoModelFileError,
+    WorkerLostError,
+)
 from tether.runtimes import inspect
 from tether.runtimes.arena import Arena
 from tether.runtimes.arrivals import Coming
 from tether.worker.runner import RunnerModel, RunnerPool, load_model
+from tether.worker.runner_limits import RunnerLimits
 from tether.worker.runner_process import RunnerProcess
 
 SOURCE = """
 import ctypes, os, subprocess, sys, time
+from tether.errors import ModelDiedError, PoisonInputError, WorkerLostError
 
 class Model:
     inputs = [("x", "INT64", (-1,))]
@@ -43,7 +54,16 @@ class Model:
             case 8: return self.kept[0]
             case 9: return x * 0 + int(os.environ["OMP_NUM_THREADS"])
             case 10: print("the last words"); sys.stdout.flush(); os._exit(3)
+            case 11: self.insist()
+            case 12 | 13 | 14 as number: raise (ModelDiedError, WorkerLostError, PoisonInputError)[number - 12]("of another model")
         return x + 1
+
+    def insist(self):
+        while True:
+            try:
+                time.sleep(3600)
+            except KeyboardInterrupt:
+                pass
 """
 
 
@@ -111,13 +131,50 @@ def test_an_exception_costs_no_process(model):
     assert (ask(model, 41)[0], model.pid) == (42, before)
 
 
-def test_a_run_that_hangs_can_be_interrupted(model):
-    timer = threading.Timer(0.2, model.interrupt)
-    timer.start()
-    with pytest.raises(WorkerLostError, match="signal 9"):
+@pytest.mark.parametrize("number", [12, 13, 14])
+def test_nor_is_a_process_lost_or_an_input_poison_because_the_model_says_so(model, number):
+    """One that asks another model may have such an error of that."""
+    before = model.pid
+    with pytest.raises(ModelFailedError, match=r"the model raised .*: of another model"):
+        ask(model, number)
+    assert model.pid == before
+
+
+@contextmanager
+def interrupted_every(seconds, model):
+    over = threading.Event()
+
+    def interrupt():
+        while not over.wait(seconds):
+            model.interrupt()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_run_that_hangs_can_be_interrupted_and_costs_no_process(model):
+    before = ask(model, 5)[0]
+    with interrupted_every(1.0, model), pytest.raises(ModelFailedError, match="interrupted"):
         ask(model, 3)
-    timer.join()
-    assert ask(model, 41)[0] == 42
+    assert ask(model, 5)[0] == before
+
+
+def test_a_run_that_does_not_heed_the_interrupt_costs_its_process(model):
+    before = ask(model, 5)[0]
+    with interrupted_every(0.2, model), pytest.raises(WorkerLostError, match="signal 9"):
+        ask(model, 11)
+    assert ask(model, 5)[0] != before
+
+
+def test_an_interrupt_between_two_runs_does_nothing(model):
+    for number in (40, 41):
+        assert ask(model, number)[0] == number + 1
+        model.interrupt()
 
 
 def test_what_it_prints_goes_to_the_log(model, caplog):
@@ -152,7 +209,7 @@ def test_closing_during_a_run_ends_the_run(model):
 
 
 def test_two_threads_that_close_a_process_at_once_close_no_descriptor_twice(monkeypatch):
-    process, closed = RunnerProcess.start(), []
+    process, closed = RunnerProcess.start(RunnerLimits.default()), []
     close, both = Arena.close, threading.Barrier(2)
 
     def slow_close(arena):
@@ -341,6 +398,37 @@ def test_data_formats_stay_in_this_process(tmp_path):
     path = models.onnx_rows(tmp_path)
     model = load_model(path, inspect(path))
     assert not isinstance(model, RunnerModel)
+    model.close()
+
+
+def test_a_data_format_moves_into_a_process_of_its_own_when_it_is_told_to(tmp_path, pool):
+    pytest.importorskip("onnx", reason="needs onnx: pip install onnx")
+    import runtime_models as models
+
+    path, given = models.onnx_rows(tmp_path), {"x": np.ones((2, 4), np.float32)}
+    model = load_model(path, inspect(path), pool=pool)
+    here = model.run(given)["y"]
+    assert model.pid is None
+    model.isolate()
+    pid = model.pid
+    np.testing.assert_array_equal(model.run(given)["y"], here)
+    model.isolate()
+    assert (model.pid, gone(pid)) == (pid, False)
+    model.close()
+    assert gone(pid)
+
+
+def test_a_data_format_that_can_not_move_stays_where_it_is(tmp_path, pool):
+    pytest.importorskip("onnx", reason="needs onnx: pip install onnx")
+    import runtime_models as models
+
+    path, given = models.onnx_rows(tmp_path), {"x": np.ones((2, 4), np.float32)}
+    model = load_model(path, inspect(path), pool=pool)
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(NoModelFileError):
+        model.isolate()
+    assert model.pid is None
+    assert model.run(given)["y"].shape == (2, 2)
     model.close()
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -99,6 +100,14 @@ def leave_a_child_behind_and_hang(file):
 def write_much(file):
     with Path(file).open("wb") as out:
         out.writelines(b"x" * (1 << 20) for _ in range(1 << 20))
+
+
+def call_out(port):
+    socket.create_connection(("127.0.0.1", port), 1).close()
+
+
+def kill_the_caller(pid):
+    os.kill(pid, signal.SIGKILL)
 
 
 def raise_ours(path):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import time
 
 import psutil
@@ -10,6 +11,7 @@ import pytest
 
 from tether.errors import BadModelError, ChunkMissingError
 from tether.sandbox import Limits, arun, run
+from tether.sandbox.confinement import missing
 
 MIB = 1 << 20
 SHORT = Limits(seconds=1.0, memory_nbytes=1 << 30)
@@ -115,6 +117,21 @@ def test_secrets_of_the_environment_and_the_users_home_stay_out(monkeypatch):
     assert "TETHER_API_KEY" not in environment
     assert environment["HOME"] == environment["TMPDIR"] == folder
     assert not os.path.exists(folder)  # noqa: PTH110 (a string from another process)
+
+
+@pytest.mark.skipif("network" in missing(), reason="needs Linux on x86-64 or arm64")
+def test_it_calls_nobody_unless_it_may():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(BadModelError, match="PermissionError"):
+            call("call_out", port)
+        call("call_out", port, Limits(seconds=30.0, network=True))
+
+
+@pytest.mark.skipif("signals" in missing(), reason="needs Linux 6.12 with Landlock")
+def test_it_sends_no_signals_to_who_called_it():
+    with pytest.raises(BadModelError, match="PermissionError"):
+        call("kill_the_caller", os.getpid())
 
 
 async def test_the_loop_goes_on_while_one_runs():

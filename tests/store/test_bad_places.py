@@ -22,12 +22,19 @@ DIGEST = store.digest_of(FILES["model.onnx"])
 @contextmanager
 def bad_place(monkeypatch, path, offset):
     """The byte at `offset` of this file can't be read, wherever it is renamed to."""
-    inode, read, compare = path.stat().st_ino, os.preadv, filecmp.cmp
+    inode, read, read_into, compare = path.stat().st_ino, os.pread, os.preadv, filecmp.cmp
+
+    def check(descriptor, start, nbytes):
+        if os.fstat(descriptor).st_ino == inode and start <= offset < start + nbytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def pread(descriptor, nbytes, start):
+        check(descriptor, start, nbytes)
+        return read(descriptor, nbytes, start)
 
     def preadv(descriptor, buffers, start, *flags):
-        if os.fstat(descriptor).st_ino == inode and start <= offset < start + sum(map(len, buffers)):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(descriptor, buffers, start, *flags)
+        check(descriptor, start, sum(map(len, buffers)))
+        return read_into(descriptor, buffers, start, *flags)
 
     def cmp(one, other, *options, **more):
         if inode in {Path(one).stat().st_ino, Path(other).stat().st_ino}:
@@ -35,6 +42,7 @@ def bad_place(monkeypatch, path, offset):
         return compare(one, other, *options, **more)
 
     with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", pread)
         patch.setattr(os, "preadv", preadv)
         patch.setattr(filecmp, "cmp", cmp)
         yield

@@ -170,6 +170,16 @@ def test_of_a_store_that_is_only_read_the_checkouts_go_and_nothing_else(origin, 
     assert not origin.verify().problems
 
 
+def test_of_a_store_that_is_no_replica_the_checkouts_go_and_nothing_else(origin, versions):
+    for order, digest in enumerate(versions[:3]):
+        origin.checkout(digest)
+        os.utime(origin.root / "cache" / digest, (order, order))
+    evicted = CacheBudget(origin, SIZE + SIZE // 2, checkouts_only=True).make_room()
+    assert evicted.digests == tuple(versions[:2])
+    assert (origin.root / "cache" / versions[2]).is_dir()
+    assert held(origin) == versions
+
+
 def test_what_is_being_fetched_is_not_evicted_from_under_it(origin, replica, versions):
     source = replica.sources[0]
     shared, other = (

@@ -85,6 +85,27 @@ def test_a_deleted_version_goes_after_the_grace_period_and_what_others_share_sta
     assert store.gc().freed_nbytes == 0
 
 
+def test_what_is_dropped_goes_at_once_and_nothing_else(store, clock):
+    gone, kept = content("gone", 20_000), content("kept")
+    first = publish_files(store, {"a": SHARED, "b": OLD, "c": kept}).digest
+    publish_files(store, {"a": SHARED, "b": NEW})
+    publish_files(store, {"a": gone}, name="other")
+    publish_files(store, {"a": kept, "b": gone}, name="third")
+    clock.advance(2 * HOUR)  # what was promised is taken back, and all is young
+    for name in ("digits", "other", "third"):
+        store.delete_version(name, 1)
+
+    report = store.collect_dropped([first])
+
+    assert stored(store, SHARED, OLD, NEW, gone, kept) == [True, False, True, True, True]
+    assert (report.manifests, (store.root / "manifests" / first).exists()) == (1, False)
+    assert files_of_version(store, "digits", 2) == {"a": SHARED, "b": NEW}
+    assert store.verify().problems == ()
+    second = publish_files(store, {"a": SHARED, "b": NEW}).digest
+    assert store.collect_dropped([second, first]).freed_nbytes == 0, "it is a version"
+    assert stored(store, SHARED, NEW) == [True, True]
+
+
 def test_a_dry_run_says_what_and_why_and_changes_nothing(store, clock):
     two_versions(store, clock)
     publish_files(store, {"c": content("gone")}, name="other")

@@ -133,3 +133,15 @@ def test_a_buffer_is_used_again_and_never_by_two_at_once():
         assert one[0] == 1
     with buffer() as again:
         assert len(again) == 4 * 1024 * 1024
+
+
+def test_what_is_read_after_the_end_stays_open_for_nobody(tmp_path):
+    (tmp_path / "a").write_bytes(b"hello")
+    files, buffer = PackFiles(tmp_path), bytearray(5)
+    files.end()
+    with files.opened("a") as descriptor:
+        assert os.pread(descriptor, 5, 0) == b"hello"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    assert files.read_into("a", 0, memoryview(buffer)) == 5
+    assert buffer == b"hello"

@@ -15,6 +15,7 @@ import structlog
 
 from tether.errors import TetherError
 from tether.swarm.engine import engine as engine_module
+from tether.swarm.engine import interpreter
 from tether.swarm.engine.engine import Engine, EngineSettings
 from tether.swarm.engine.secure import SecureStream, StreamLimits
 from tether.swarm.feeds.hyperbee import Hyperbee, serve
@@ -553,7 +554,7 @@ def imported_before() -> list[str]:
 
 
 def no_bundle() -> list[str]:
-    engine_module._BUNDLE = engine_module._BUNDLE.with_name("no-such-bundle.js")
+    interpreter._BUNDLE = interpreter._BUNDLE.with_name("no-such-bundle.js")
     try:
         asyncio.run(_start_and_close(134))
     except TetherError as error:

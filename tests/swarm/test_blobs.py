@@ -1,4 +1,4 @@
-"""Blobs between two peers: in turns, capped, verified; and what becomes of peers that lie, stall, shout or leave."""
+"""Blobs between two peers: the smallest first, capped, verified; and what becomes of peers that lie, stall, shout or leave."""
 
 import asyncio
 import contextlib
@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from tether.errors import ForbiddenError, PeerFailedError, ProtocolError, ServiceUnavailableError, UnavailableError
 from tether.ports import SignedManifest
+from tether.swarm.blobs import blobs
 from tether.swarm.blobs.blobs import AskingLimits, BlobConnection, GivingLimits
 from tether.swarm.blobs.frames import (
+    Begin,
     Kind,
+    Piece,
     bits,
     encode_absent,
     encode_ask,
@@ -31,7 +34,7 @@ from tether.swarm.blobs.frames import (
     read_manifest,
 )
 from tether.swarm.wire.bandwidth import TokenBucket
-from tether.swarm.wire.pieces import PIECE_NBYTES, Body, pieces
+from tether.swarm.wire.pieces import PIECE_NBYTES, Body
 from tether.testing.streams import INITIATOR, RESPONDER, stream_pair
 
 PATIENCE = 10.0
@@ -40,6 +43,10 @@ MIB = 1 << 20
 
 def digest_of(data):
     return blake3(data).hexdigest()
+
+
+def pieces(data, nbytes):
+    return [data[at : at + nbytes] for at in range(0, max(len(data), 1), nbytes)]
 
 
 def blob(number, nbytes=64 << 10):
@@ -144,6 +151,44 @@ class TestTaking:
 
         await asyncio.gather(note("large", blob(99, 4 * MIB)), note("small", blob(1)))
         assert order == ["small", "large"]
+
+    async def test_many_small_blobs_starve_no_large_one(self, pair, shelf):
+        small = [blob(number) for number in range(1000, 1200)]
+        shelf.blobs |= {digest_of(each): each for each in small}
+        large = asyncio.create_task(pair.taker.blob(digest_of(blob(99, 4 * MIB))))
+        rest = [asyncio.create_task(pair.taker.blob(digest_of(each))) for each in small]
+        await large
+        assert not all(call.done() for call in rest)
+        assert await asyncio.gather(*rest) == small
+
+    async def test_of_large_blobs_one_is_whole_after_the_other(self, shelf, monkeypatch):
+        data = [blob(number, MIB) for number in range(300, 304)]
+        shelf.blobs |= {digest_of(each): each for each in data}
+        pair = Pair(shelf)
+        frames, read = [], blobs.read_frame
+        monkeypatch.setattr(blobs, "read_frame", lambda *given: frames.append(read(*given)) or frames[-1])
+        assert await asyncio.gather(*(pair.taker.blob(digest_of(each)) for each in data)) == data
+        ids = [frame.id for frame in frames if isinstance(frame, Begin | Piece)]
+        assert len(ids) > 3 * len(data)
+        assert ids == sorted(ids)
+        pair.close()
+
+    async def test_what_is_taken_back_as_its_last_piece_leaves_is_answered_once(self, pair, monkeypatch):
+        giving, send = pair.giver._giving, pair.giver._giving._send_piece
+
+        async def then_taken_back(body):
+            nbytes = await send(body)
+            if not body.missing:
+                giving.on_cancel(body.ask_id)
+            return nbytes
+
+        monkeypatch.setattr(giving, "_send_piece", then_taken_back)
+        for number in (1, 2, 99):
+            wanted = blob(number, 4 * MIB if number == 99 else 64 << 10)
+            assert await pair.taker.blob(digest_of(wanted)) == wanted
+        await until(lambda: not len(giving))
+        assert pair.taker.error is None
+        assert await pair.taker.blob(digest_of(blob(3))) == blob(3)
 
     async def test_no_more_is_asked_than_agreed_and_all_is_answered(self, shelf):
         for asking, giving, most in ((AskingLimits(in_flight=3), GivingLimits(at_once=9), 3), (AskingLimits(), GivingLimits(window=2), 2)):

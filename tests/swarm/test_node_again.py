@@ -5,7 +5,14 @@ import hashlib
 
 import pytest
 
-from tether.errors import DeadlineExceededError, ManagerLeavingError, PeerNotFoundError, ServiceUnavailableError, StreamLostError
+from tether.errors import (
+    DeadlineExceededError,
+    ManagerLeavingError,
+    PeerLeavingError,
+    PeerNotFoundError,
+    ServiceUnavailableError,
+    StreamLostError,
+)
 from tether.swarm.node.node import NodeSettings
 from tether.swarm.node.standing import ConnectionLimits, Standing
 from tether.swarm.rpc.rpc import Service
@@ -137,6 +144,12 @@ async def test_nor_longer_than_is_worth_it():
     with pytest.raises(PeerNotFoundError):
         await us.node.request(them.node.key, "ping", b"", PATIENCE)
     await us.node.aclose()
+
+
+async def test_who_can_ask_others_does_not_wait_for_one_that_ends(us, them):
+    them.is_leaving = True
+    with pytest.raises(PeerLeavingError):
+        await us.node.request(them.node.key, "publish", b"", PATIENCE, patient=False)
 
 
 async def test_who_says_that_it_ends_and_stays_is_unavailable():

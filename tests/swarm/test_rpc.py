@@ -266,6 +266,23 @@ class TestEnds:
         await until(lambda: lab.cancelled == 1 and not pair.answerer.working)
         assert pair.caller.in_flight == 0
 
+    async def test_many_calls_each_end_at_their_own(self, pair, lab):
+        seconds = [0.1 + number / 1000 for number in range(100)]
+        answers = await asyncio.gather(*(pair.caller.request("held", b"x", each) for each in seconds), return_exceptions=True)
+        assert [str(answer) for answer in answers] == [f"no answer within {each:g} s" for each in seconds]
+        await until(lambda: lab.cancelled == lab.started and not pair.answerer.working)
+        assert pair.caller.in_flight == 0
+
+    async def test_how_long_one_waits_is_said_when_it_changes(self, pair, lab):
+        said, answers = [], pair.answerer._answers
+        on_deadline, answers.on_deadline = answers.on_deadline, lambda body: (said.append(body), on_deadline(body))
+        for timeout in (None, PATIENCE, PATIENCE, 2 * PATIENCE, None, None):
+            await asyncio.gather(*(pair.caller.request("echo", b"x", timeout) for _ in range(3)))
+        assert len(said) < 9, "not for each of the calls that have one"
+        ends = [call.deadline for call in lab.calls]
+        assert ends[:3] + ends[12:] == [None] * 9
+        assert min(ends[9:12]) > max(ends[3:9])
+
     async def test_a_deadline_holds_there_when_nothing_can_be_heard_from_here(self, pair, lab):
         call = asyncio.create_task(pair.caller.request("held", b"x", timeout=0.2))
         await until(lambda: lab.started == 1)
@@ -390,7 +407,6 @@ class TestBounds:
         calls = [pair.caller.request("echo", bytes(200_000), timeout=PATIENCE) for _ in range(8)]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(answer) for answer in answers] == [bytes] * 3 + [QueueFullError] * 5
-        assert not pair.answerer._answers._deadlines
         pair.close()
 
     @pytest.mark.parametrize("method", ["zeros", "zeros later"])
@@ -482,7 +498,7 @@ class TestStrangers:
             (True, [b"\x63"]),
             (True, [encode_call(CallMessage.REQUEST, 1, uint(10) + string("echo"))]),
             (True, [encode_call(CallMessage.REQUEST, 1, uint(200_000) + string("m" * 300))]),
-            (True, [encode_call(CallMessage.DEADLINE, number, b"\x01") for number in range(2000)]),
+            (True, [uint(CallMessage.DEADLINE)]),
             (True, [encode_call(CallMessage.REQUEST, 1, uint(200_000) + string("echo")), encode_call(CallMessage.REQUEST_PIECE, 1, b"x")]),
         ],
         ids=[
@@ -494,7 +510,7 @@ class TestStrangers:
             "type",
             "needless pieces",
             "long name",
-            "deadlines",
+            "deadline",
             "tiny pieces",
         ],
     )

@@ -1,6 +1,7 @@
 """Bodies larger than anybody wants in memory: passed on as they come, both ways, and ended in the middle."""
 
 import asyncio
+import contextlib
 
 import pytest
 import structlog
@@ -14,6 +15,7 @@ from tether.errors import (
     MalformedRequestError,
     PayloadTooLargeError,
     ProtocolError,
+    QueueFullError,
     RequestTimeoutError,
     ServiceUnavailableError,
     UnknownModelError,
@@ -175,6 +177,22 @@ class TestPassing:
             assert answer.nbytes == nbytes
             assert b"".join([chunk async for chunk in answer]) == value
         await pair.is_idle()
+
+    async def test_a_small_body_that_does_not_come_is_waited_for_no_longer_than_told(self, pair):
+        with pytest.raises(DeadlineExceededError):
+            await asyncio.wait_for(pair.caller.request("count", Source(100, stops_at=0).outgoing(), 0.05), PATIENCE)
+        assert not pair.caller.in_flight
+
+    async def test_nor_longer_than_the_connection_is_there(self, pair):
+        source = Source(100, stops_at=0)
+        call = asyncio.create_task(pair.caller.request("count", source.outgoing()))
+        await asyncio.sleep(0)
+        pair.answerer.destroy()
+        await pair.caller.wait_closed()
+        source.go_on.set()
+        with pytest.raises(ServiceUnavailableError):
+            await asyncio.wait_for(call, PATIENCE)
+        assert not pair.caller.in_flight
 
     async def test_through_three_connections_nobody_holds_more_than_a_window(self, lab):
         """As an inference goes: client, its manager, the lab's manager; the source gives no faster than the end takes."""
@@ -383,6 +401,18 @@ class TestRoom:
             with pytest.raises(RequestTimeoutError, match="was taken"):
                 async for _ in answer:
                     pass
+        await pair.is_idle()
+        pair.close()
+
+    async def test_of_answers_that_go_out_as_they_are_made_what_is_here_counts(self, lab):
+        pair = Pair(lab, RpcLimits(max_reply_nbytes=40 * MIB))
+        async with contextlib.AsyncExitStack() as stack:
+            answers = [await stack.enter_async_context(pair.caller.exchange("zeros", b"%d" % (40 * MIB), PATIENCE)) for _ in range(5)]
+            assert [answer.nbytes for answer in answers] == [40 * MIB] * 5
+            with pytest.raises(QueueFullError, match="wait for you"):
+                await stack.enter_async_context(pair.caller.exchange("zeros", b"%d" % (40 * MIB), PATIENCE))
+            with pytest.raises(PayloadTooLargeError):
+                await stack.enter_async_context(pair.caller.exchange("zeros", b"%d" % (40 * MIB + 1), PATIENCE))
         await pair.is_idle()
         pair.close()
 

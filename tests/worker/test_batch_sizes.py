@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tether.serving_settings import DEFAULTS
 from tether.worker.batch_sizes import BatchSizes
 
 KEY, OTHER = (("x", "<f4", (4,)),), (("x", "<f4", (5,)),)
@@ -114,11 +115,11 @@ def test_whatever_batches_took_a_size_is_given(batches, latency):
 def test_no_setting_by_hand_does_much_better(monkeypatch, cost, kind):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks" / "batching")
     monkeypatch.delitem(sys.modules, "simulation", raising=False)
-    from simulation import Fixed, Learned, simulate, trace
+    from simulation import by_hand, simulate, trace
 
     capacity = max(rows / cost(rows) for rows in (1, 8, 32, 128))
     arrivals = trace(kind, min(capacity, 1500), 6.0, "test")
-    learned = simulate(arrivals, cost, Learned(LATENCY), "test")
-    best = max(simulate(arrivals, cost, Fixed(*each), "test").rate() for each in [(1, 0.0), (8, 0.002), (32, 0.002), (64, 0.01)])
+    learned = simulate(arrivals, cost, DEFAULTS, "test")
+    best = max(simulate(arrivals, cost, by_hand(*each), "test").rate() for each in [(1, 0.0), (8, 0.002), (32, 0.002), (64, 0.01)])
     assert learned.good_windows(LATENCY) >= 0.8  # of six windows all but one; the benchmark's traces are longer
     assert learned.rate() >= 0.9 * best

@@ -275,9 +275,8 @@ def test_why_it_can_not_be_loaded_is_told_without_a_word_of_what_is_in_it(engine
     assert "shape" not in said.lower()
 
 
-@pytest.mark.usefixtures("memory")
-def test_why_it_can_not_be_started_again_is_told_as_little(lab, manager, tmp_path):
-    model = publish(lab, write_once_custom(tmp_path / "net", tmp_path / "begun"), "net", info=inspect(write_custom(tmp_path / "whole")))
+def test_why_it_can_not_be_started_again_is_told_as_little(lab, manager, memory, tmp_path):
+    model = publish(lab, write_once_custom(tmp_path / "net", memory / "begun"), "net", info=inspect(write_custom(tmp_path / "whole")))
     files = ModelFiles(lab.root, tmp_path / "worker", ManagerBlobs(manager.ask, manager.close), 1 << 30)
     loaded = load_pinned(1, files.fetch(model))
     with pytest.raises(WorkerLostError):
@@ -287,6 +286,22 @@ def test_why_it_can_not_be_started_again_is_told_as_little(lab, manager, tmp_pat
     loaded.close()
     files.close()
     assert CANARY not in "".join(traceback.format_exception(told.value)) + repr(told.value.args)
+
+
+@pytest.mark.usefixtures("memory")
+def test_why_it_can_not_move_into_a_process_of_its_own_is_told_as_little(lab, manager, tmp_path):
+    model = publish(lab, write_onnx(tmp_path / "net.onnx"), "net")
+    files = ModelFiles(lab.root, tmp_path / "worker", ManagerBlobs(manager.ask, manager.close), 1 << 30)
+    source = files.fetch(model)
+    loaded = load_pinned(1, source)
+    source.path.unlink()
+    write_broken_onnx(source.path)
+    with pytest.raises(BadModelError, match="only the kind of failure is said here, bad_model") as told:
+        loaded.isolate()
+    assert CANARY not in "".join(traceback.format_exception(told.value)) + repr(told.value.args)
+    assert loaded.run({"x": X})["y"].shape == (3, 10)  # it stays where it is
+    loaded.close()
+    files.close()
 
 
 @pytest.mark.usefixtures("memory")

@@ -4,7 +4,7 @@ from contextlib import asynccontextmanager
 
 import dask.config
 import pytest
-from distributed import Scheduler, Security
+from distributed import Scheduler
 
 from tether.config import HOUSEKEEPING
 from tether.errors import ServiceUnavailableError
@@ -12,6 +12,7 @@ from tether.events import CatalogChanged
 from tether.manager.cluster_server import ClusterServer
 from tether.manager.operations import Operations
 from tether.orchestrator.plugin import OrchestratorPlugin
+from tether.security.comms import dask_security
 from tether.security.identity import Identity
 from tether.security.tls import ensure_tls
 from tether.testing.blob_sources import BlobSourceSuite
@@ -28,7 +29,7 @@ class TestManagerBlobs(BlobSourceSuite):
         monkeypatch.setattr("tether.worker.service._CONNECT", 0.5)
         (tmp_path / "tls").mkdir()
         with dask.config.set(HOUSEKEEPING):
-            self.security = Security(**ensure_tls(tmp_path / "tls", "worker").security())
+            self.security = dask_security(ensure_tls(tmp_path / "tls", "worker"))
             self.workspace = tmp_path / "publishing"
             yield
 
@@ -40,12 +41,14 @@ class TestManagerBlobs(BlobSourceSuite):
             plugin = OrchestratorPlugin()
             await plugin.start(scheduler)
             scheduler.add_plugin(plugin)
-            self.manager = ClusterServer(Operations(repository, LAB, self.workspace), scheduler.address, self.security)
+            operations = Operations(repository, LAB, self.workspace)
+            self.manager = ClusterServer(operations, scheduler.address, self.security)
             await self.manager.listen("tls://127.0.0.1:0", **arguments)
             plugin._handle(CatalogChanged(self.manager.address, 1, {}, 1))
             link = Link(Cluster(scheduler.address, self.security.get_connection_args("worker")))
             yield ManagerBlobs(link.ask, link.close)
             await self.manager.close()
+            operations.close()
 
     async def cut_off(self, source):
         """As when its process dies."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.worker.means import Busyness, Card, cards, chosen
+from tether.worker.means import Busyness, Card, card_users, cards, chosen
 
 H100, L4 = Card("NVIDIA H100 80GB HBM3", 81559 << 20), Card("NVIDIA L4", 23034 << 20)
 
@@ -53,6 +53,15 @@ def test_which_of_different_cards_a_worker_has_is_told_only_where_it_is_known():
     assert chosen([H100, L4], 1, "GPU-3f8a") == ()
     assert chosen([H100, L4], 1, "7") == ()
     assert chosen([], 3) == ()
+
+
+def test_who_takes_how_much_of_cards_is_what_the_driver_says_and_nothing_where_it_does_not(driver):
+    driver("4711, 512\n4712, 100\n4711, 24")
+    assert card_users() == {4711: 536 << 20, 4712: 100 << 20}
+    driver("4711, [N/A]\n[Insufficient Permissions], 3\n")
+    assert card_users() == {}
+    driver("4711, 512", code=9)
+    assert card_users() == {}
 
 
 def test_load_is_the_share_of_the_last_half_minute():

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import psutil
 import pytest
-from distributed import Scheduler, Security
+from distributed import Scheduler
 from onnx import TensorProto, helper, numpy_helper
 
 from tether.config import HOUSEKEEPING, DataFolder
@@ -31,6 +31,7 @@ from tether.orchestrator.plugin import OrchestratorPlugin
 from tether.ports import Hop
 from tether.runtimes import inspect
 from tether.runtimes.weights import boundaries
+from tether.security.comms import dask_security
 from tether.security.identity import Identity
 from tether.security.tls import ensure_tls
 from tether.store import Manifest, Repository, encode, signed_message
@@ -150,7 +151,7 @@ class Lab:
 async def lab(origin, tmp_path):
     (tmp_path / "lab" / "tls").mkdir()
     with dask.config.set(HOUSEKEEPING):
-        security = Security(**ensure_tls(tmp_path / "lab" / "tls", "manager").security())
+        security = dask_security(ensure_tls(tmp_path / "lab" / "tls", "manager"))
         options = {"host": "127.0.0.1", "port": 0, "protocol": "tls", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
         async with Scheduler(security=security, **options) as scheduler:
             plugin = OrchestratorPlugin()

@@ -15,11 +15,13 @@ _HOMES = {
     "events": ("events",),
     "doctor": ("doctor",),
     "models": ("models", "show", "alias", "rollback", "diff", "verify", "repair", "rm", "gc", "trust"),
+    "serving": ("serving",),
     "files": ("publish", "export"),
     "sharing": ("invite", "peers", "allow", "disallow", "accept", "rotate"),
     "labs": ("enrol", "replicate"),
     "copying": ("policy", "hold"),
     "lending": ("lend",),
+    "quarantine": ("quarantine",),
     "infer": ("infer",),
     "services": ("gateway", "orchestrator", "worker", "manager"),
 }

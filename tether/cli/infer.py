@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from tether.cli.options import Target, as_json, at_lab, run
 from tether.cli.tables import print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from tether.types import Array, InferResponse
 
 __all__ = ["infer"]
@@ -21,6 +24,7 @@ __all__ = ["infer"]
 @click.option("--input", "inputs", multiple=True, metavar="[INPUT=]FILE.npy", help="An input's array; may be given several times.")
 @click.option("--example", is_flag=True, help="Use the example that was published with the model.")
 @click.option("--output", type=click.Path(dir_okay=False), metavar="FILE.npz", help="Write the outputs here instead of printing them.")
+@click.option("--stream", is_flag=True, help="Print each part of the answer when the model has made it.")
 @click.option("--version", type=click.IntRange(1), help="Version to run  [default: what the name means].")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds to wait.")
 @at_lab
@@ -31,6 +35,7 @@ def infer(
     inputs: tuple[str, ...],
     example: bool,
     output: str | None,
+    stream: bool,
     version: int | None,
     timeout: float | None,
     target: Target,
@@ -39,9 +44,14 @@ def infer(
     """Run a model: NAME is "digits", "digits:2" or "digits@prod"."""
     if bool(inputs) == example:
         raise click.UsageError("give --input FILE.npy (or INPUT=FILE.npy for each input), or --example")
+    if stream and output is not None:
+        raise click.UsageError("--stream prints the parts; without it --output gets all of them, joined")
     with target.connect() as lab:
         exact = name if version is None else f"{name}:{version}"
         tensors = lab.example(exact) if example else _loaded(inputs)
+        if stream:
+            _print_parts(lab.stream(name, tensors, version=version, timeout=timeout), json_=json_)
+            return
         answer = run(lab.operations.answer(name, tensors, version=version, timeout=timeout))
     if output is not None:
         _write(output, answer)
@@ -52,6 +62,19 @@ def infer(
     else:
         for key, array in answer.outputs.items():
             click.echo(f"{key}  {array.dtype} {list(array.shape)}\n{array}")
+
+
+def _print_parts(parts: Iterable[Any], *, json_: bool) -> None:
+    """A line for each; texts are written on as they come, as their model meant them."""
+    is_text = False
+    for part in parts:
+        is_text = not json_ and not isinstance(part, dict) and part.dtype.kind == "O"
+        if json_:
+            click.echo(json.dumps({key: _listed(each) for key, each in part.items()} if isinstance(part, dict) else _listed(part)))
+        else:
+            click.echo("".join(_listed(part)) if is_text else part, nl=not is_text)
+    if is_text:
+        click.echo()
 
 
 def _loaded(inputs: tuple[str, ...]) -> Any:

@@ -15,6 +15,7 @@ from tether.errors import NoLabError
 
 if TYPE_CHECKING:
     from tether.lab.launch import UpSettings
+    from tether.lab.objects import Version
     from tether.lab.swarm_state import SwarmState
 
 __all__ = ["down", "status", "up"]
@@ -92,6 +93,13 @@ def _swarm_text(swarm: SwarmState, now: float) -> str:
     return f"{swarm.state} for {age_text(now - swarm.since)}, {swarm.peers} connected; {swarm.detail}"
 
 
+def _state(version: Version) -> str:
+    held = ["isolated"] if version.isolated else []
+    if version.poison:
+        held.append(f"{version.poison} inputs refused (`tether quarantine`)")
+    return ", ".join([version.state, *held])
+
+
 @click.command("status")
 @at_lab
 @as_json
@@ -110,10 +118,10 @@ def status(target: Target, json_: bool) -> None:
     )
     click.echo()
     print_table(
-        ("worker", "state", "transport", "gpus", "models"),
-        [(each.id, each.state, each.way, each.gpus, ", ".join(each.models)) for each in found.workers],
+        ("worker", "state", "transport", "gpus", "memory", "models"),
+        [(each.id, each.state, each.way, each.gpus, each.room, ", ".join(each.models)) for each in found.workers],
     )
     click.echo()
     print_table(
-        ("model", "version", "state"), [(model.name, each.version, each.state) for model in found.models for each in model.versions]
+        ("model", "version", "state"), [(model.name, each.version, _state(each)) for model in found.models for each in model.versions]
     )

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, Final, Protocol
 from urllib.parse import quote
 
-from tether.errors import BadAddressError, RemoteError
+from tether.client.answers import rows
+from tether.errors import BadAddressError
 from tether.security.addresses import SCHEME
 
 __all__ = ["Admitting", "Ask"]
@@ -39,13 +40,13 @@ class Admitting:
         return await self._ask("POST", f"{_V1}/invitations", body, repeatable=False)
 
     async def invitations(self) -> list[dict[str, Any]]:
-        return _rows(await self._ask("GET", f"{_V1}/invitations"), "invitations")
+        return rows(await self._ask("GET", f"{_V1}/invitations"), "invitations")
 
     async def revoke_invitation(self, invitation: str) -> dict[str, Any]:
         return await self._ask("DELETE", f"{_V1}/invitations/{quote(invitation, safe='')}")
 
     async def peers(self) -> list[dict[str, Any]]:
-        return _rows(await self._ask("GET", f"{_V1}/peers"), "peers")
+        return rows(await self._ask("GET", f"{_V1}/peers"), "peers")
 
     async def allow(self, peer: str, scopes: Sequence[str], label: str | None = None) -> dict[str, Any]:
         return await self._ask("PUT", _peer_path(peer), {"scopes": list(scopes), "label": label})
@@ -65,7 +66,7 @@ class Admitting:
         return await self._ask("PUT", f"{_peer_path(peer)}/petname", {"petname": petname})
 
     async def audit(self, most: int) -> list[dict[str, Any]]:
-        return _rows(await self._ask("GET", f"{_V1}/audit?most={most}"), "lines")
+        return rows(await self._ask("GET", f"{_V1}/audit?most={most}"), "lines")
 
     async def accept(self, envelope: str) -> dict[str, Any]:
         return await self._ask("POST", f"{_V1}/envelopes", {"envelope": envelope})
@@ -80,10 +81,3 @@ def _peer_path(peer: str) -> str:
     if not named or "/" in named:
         raise BadAddressError(f"{peer[:80]!r} names no lab: give its key, its address as `tether status` shows it there, or a petname")
     return f"{_V1}/peers/{quote(named, safe='')}"
-
-
-def _rows(answer: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    rows = answer.get(key)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RemoteError(f"the gateway's answer has no list {key!r}; do its version and this one differ?")
-    return rows

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 import structlog
-from distributed import Security
 from distributed.core import CommClosedError, connect, rpc
 
 from tether.errors import NotWriterError, ServiceUnavailableError, from_code
 from tether.routing.table import Table
+from tether.security.comms import dask_security
 from tether.security.tls import TlsFiles
 from tether.types import ModelVersion
 
@@ -26,7 +26,7 @@ _CONTROL_TIMEOUT = 10.0
 
 
 def _connection_args(tls: TlsFiles) -> dict[str, Any]:
-    arguments: dict[str, Any] = Security(**tls.security()).get_connection_args("client")
+    arguments: dict[str, Any] = dask_security(tls).get_connection_args("client")
     return arguments
 
 
@@ -90,6 +90,23 @@ class OrchestratorClient:
         answer = await _call(self._rpc.tether_want, "orchestrator", self._address, model=msgspec.msgpack.encode(model))
         return answer["state"], answer["reason"]
 
+    async def vitals(self) -> dict[str, Any]:
+        """By worker, what it uses of its machine and what its models did.
+
+        Raises: ServiceUnavailableError.
+        """
+        answer: dict[str, Any] = await _call(self._rpc.tether_vitals, "orchestrator", self._address, _GLANCE)
+        return answer
+
+    async def quarantine(self, model: ModelVersion, mark: str | None) -> None:
+        """An input is not to be run any more; None: the version is to run in a process of its own. Raises: ServiceUnavailableError."""
+        encoded = msgspec.msgpack.encode(model)
+        await _call(self._rpc.tether_quarantine, "orchestrator", self._address, model=encoded, mark=mark)
+
+    async def forgive(self, model: str) -> None:
+        """Nothing is held any more against inputs of this model, nor against its versions. Raises: ServiceUnavailableError."""
+        await _call(self._rpc.tether_forgive, "orchestrator", self._address, model=model)
+
     async def close(self) -> None:
         """Stop following."""
         if self._watching is not None:
@@ -135,6 +152,7 @@ _REPEATABLE = frozenset(
         "manifest",
         "signed_manifest",
         "set_alias",
+        "set_serving",
         "verify",
         "diff",
         "read_zarr",
@@ -257,6 +275,9 @@ class ManagerClient:
 
     async def rollback(self, name: str, alias: str | None) -> dict[str, Any]:
         return dict(await self._ask("rollback", name=name, alias=alias))
+
+    async def set_serving(self, name: str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+        return dict(await self._ask("set_serving", name=name, changes=None if changes is None else dict(changes)))
 
     async def delete_version(self, name: str, version: int) -> dict[str, Any]:
         return dict(await self._ask("delete_version", name=name, version=version))

@@ -7,8 +7,8 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from tether.client.admitting import Ask
+from tether.client.answers import lab_part, rows
 from tether.errors import RemoteError
-from tether.security.addresses import SCHEME
 
 __all__ = ["Copying"]
 
@@ -32,20 +32,13 @@ class Copying:
         return found
 
     async def hold(self, publisher: str, region: str = "", room: int | None = None) -> dict[str, Any]:
-        return await self._ask("PUT", _holding(publisher), {"region": region, "room": room})
+        return await self._ask("PUT", f"{_V1}/holdings/{lab_part(publisher)}", {"region": region, "room": room})
 
     async def holdings(self) -> list[dict[str, Any]]:
-        rows = (await self._ask("GET", f"{_V1}/holdings")).get("holdings")
-        if not isinstance(rows, list):
-            raise RemoteError("the gateway's answer has no list of holdings; do its version and this one differ?")
-        return rows
+        return rows(await self._ask("GET", f"{_V1}/holdings"), "holdings")
 
     async def end_holding(self, publisher: str) -> dict[str, Any]:
-        return await self._ask("DELETE", _holding(publisher))
+        return await self._ask("DELETE", f"{_V1}/holdings/{lab_part(publisher)}")
 
     async def copies(self, model: str) -> dict[str, Any]:
         return await self._ask("GET", f"{_V1}/models/{quote(model, safe='')}/copies")
-
-
-def _holding(publisher: str) -> str:
-    return f"{_V1}/holdings/{quote(publisher.removeprefix(SCHEME), safe='')}"

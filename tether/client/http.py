@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
@@ -33,6 +34,7 @@ from tether.store.format.layout import BLOB_NBYTES
 from tether.store.hierarchy.elsewhere import gateway_kvstore
 from tether.types import InferResponse, ModelRef, Tensors
 from tether.wire.oip import decode_error, decode_response, encode_request
+from tether.wire.parts import PARTS_KIND, Part, PartReader
 
 __all__ = ["HttpClient"]
 
@@ -132,12 +134,13 @@ class HttpClient:
         version: int | None = None,
         outputs: Sequence[str] | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 (it also goes to the gateway, which stops working on what nobody waits for)
+        priority: int = 0,
     ) -> InferResponse:
         """Run one request; `model` is a name, `publisher~name` or `name@alias`, as in a URL.
 
         Raises: UnknownModelError, UnknownVersionError, BadInputError, NoWorkerError, ModelFailedError …: as the gateway answers.
         """
-        body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True)
+        body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True, priority=priority)
         headers = {HEADER_LENGTH: str(header_nbytes), "Content-Type": "application/octet-stream"}
         if timeout is not None:
             headers["X-Request-Timeout"] = f"{timeout:g}"
@@ -145,6 +148,47 @@ class HttpClient:
         call = _Call("POST", _model_path(model, version) + "/infer", body, headers, wait, repeatable=False, limit=_TENSOR_LIMIT)
         reply = await self._send(call)
         return decode_response(reply.body, reply.header_nbytes)
+
+    async def stream(
+        self,
+        model: str,
+        inputs: Tensors,
+        *,
+        version: int | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 (as above)
+    ) -> AsyncGenerator[InferResponse]:
+        """As `infer`, part by part as the model gives them; of one that does not, its answer. Closed, it stops the model.
+
+        `timeout`: seconds for all of it; without, the lab's own for each part. Nothing is asked for before the first part is.
+        """
+        body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True)
+        headers = {HEADER_LENGTH: str(header_nbytes), "Content-Type": "application/octet-stream", "Accept": PARTS_KIND}
+        if timeout is not None:
+            headers["X-Request-Timeout"] = f"{timeout:g}"
+        call = _Call("POST", _model_path(model, version) + "/infer_stream", body, headers, repeatable=False)
+        total = None if timeout is None else timeout + _GRACE
+        timeouts = aiohttp.ClientTimeout(total, sock_connect=_CONNECT, sock_read=_TIMEOUT if timeout is None else None)
+        with self._translated(call, timeout or _TIMEOUT):
+            async with await self._opened(call, timeouts) as response, aclosing(self._parts(call, response)) as parts:
+                async for part in parts:
+                    yield part
+
+    async def _parts(self, call: _Call, response: aiohttp.ClientResponse) -> AsyncGenerator[InferResponse]:
+        if response.status != 200:  # noqa: PLR2004 (HTTP's OK)
+            raise self._refusal(call, _Reply(response.status, 0, await _bounded(response, _JSON_LIMIT)))
+        reader = PartReader()
+        try:
+            async for data in response.content.iter_any():
+                for part in reader.fed(data):
+                    if part.is_end:
+                        return
+                    yield _decoded(part)
+        except aiohttp.SocketTimeoutError:
+            raise
+        except aiohttp.ClientConnectionError as error:
+            raise self._lost(call, error) from error
+        raise self._broken_off(call)
 
     async def metadata(self, model: str, version: int | None = None) -> dict[str, Any]:
         """`{"name", "versions", "platform", "inputs", "outputs"}`, as the protocol has it."""
@@ -203,6 +247,10 @@ class HttpClient:
     async def delete_alias(self, name: str, alias: str) -> dict[str, Any]:
         return await self._json(_Call("DELETE", _alias_path(name, alias)))
 
+    async def set_serving(self, name: str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+        path = f"{_name_path(name)}/serving"
+        return await self._json(_Call("DELETE", path) if changes is None else _with_json("PUT", path, dict(changes)))
+
     async def rollback(self, name: str, alias: str | None = None) -> dict[str, Any]:
         """Move `alias` to where it was before. Never repeated by itself: a second one would go one step further back."""
         return await self._json(_posted(_name_path(name) + "/rollback", {"alias": alias}, repeatable=False))
@@ -233,6 +281,12 @@ class HttpClient:
 
     async def status(self) -> dict[str, Any]:
         return await self._json(_Call("GET", "/tether/v1/status"))
+
+    async def quarantine(self) -> list[dict[str, Any]]:
+        return _rows(await self._json(_Call("GET", "/tether/v1/quarantine")), "quarantine")
+
+    async def forgive(self, name: str) -> dict[str, Any]:
+        return await self._json(_Call("DELETE", f"/tether/v1/quarantine/{quote(name, safe='~')}"))
 
     async def events(self, after: int | None, wait: float) -> dict[str, Any]:
         query = f"wait={wait:g}" + ("" if after is None else f"&after={after}")
@@ -280,25 +334,48 @@ class HttpClient:
         except aiohttp.ClientError as error:
             raise self._lost(call, error) from error
 
+    async def _opened(self, call: _Call, timeouts: aiohttp.ClientTimeout) -> aiohttp.ClientResponse:
+        """An answer that is read by whoever asked. Sent once, but for when it can't have arrived."""
+        pauses = iter(_PAUSES)
+        while True:
+            try:
+                return await self._requested(call, timeouts)
+            except aiohttp.SocketTimeoutError:  # it is connected, and nothing comes
+                raise
+            except aiohttp.ClientError as error:
+                pause = next(pauses, None)
+                if pause is None or not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+                    raise self._lost(call, error) from error
+                await asyncio.sleep(pause)
+
     async def _once(self, call: _Call) -> _Reply:
         timeout = aiohttp.ClientTimeout(total=call.timeout, sock_connect=min(_CONNECT, call.timeout))
-        url = URL(self.url + call.path, encoded=True)
-        session = self._connected()
-        try:
-            async with session.request(
-                call.method, url, data=_sendable(call.body), headers=call.headers, timeout=timeout, allow_redirects=False
-            ) as response:
+        with self._translated(call, call.timeout):
+            async with self._requested(call, timeout) as response:
                 body = await _bounded(response, call.limit)
                 return _Reply(response.status, _header_nbytes(response), body)
-        except aiohttp.ConnectionTimeoutError:
+
+    def _requested(self, call: _Call, timeout: aiohttp.ClientTimeout) -> aiohttp.client._RequestContextManager:
+        url = URL(self.url + call.path, encoded=True)
+        return self._connected().request(
+            call.method, url, data=_sendable(call.body), headers=call.headers, timeout=timeout, allow_redirects=False
+        )
+
+    @contextmanager
+    def _translated(self, call: _Call, seconds: float) -> Iterator[None]:
+        """What an answer that does not come, or breaks off, means; connections that can't be made are the caller's."""
+        try:
+            yield
+        except (aiohttp.ConnectionTimeoutError, TetherError):  # of these some are a TimeoutError, too
             raise
         except TimeoutError as error:
-            message = (
-                f"no answer from {self.url} to {call.method} {call.path} within {call.timeout:g} s; try again or give a longer timeout"
-            )
+            message = f"no answer from {self.url} to {call.method} {call.path} within {seconds:g} s; try again or give a longer timeout"
             raise DeadlineExceededError(message) from error
         except aiohttp.ClientPayloadError as error:
-            raise ServiceUnavailableError(f"the answer of {self.url} to {call.method} {call.path} broke off; call again") from error
+            raise self._broken_off(call) from error
+
+    def _broken_off(self, call: _Call) -> TetherError:
+        return ServiceUnavailableError(f"the answer of {self.url} to {call.method} {call.path} broke off; call again")
 
     def _connected(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
@@ -330,6 +407,13 @@ class HttpClient:
                 return NotFoundError(f"{where}; is it a Tether gateway?")
             return RemoteError(f"{where}; is it a Tether gateway, or is a proxy in between?")
         return decode_error(reply.status, reply.body)
+
+
+def _decoded(part: Part) -> InferResponse:
+    """Raises: what the lab says in the part's place."""
+    if part.status != 200:  # noqa: PLR2004 (HTTP's OK)
+        raise decode_error(part.status, part.body)
+    return decode_response(part.body, part.header_nbytes)
 
 
 def _sendable(body: bytes | None) -> bytes | io.BytesIO | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from tether.ports import Admitting, Copying, Lending, Replicating
@@ -57,8 +57,24 @@ class LabClient(Protocol):
         version: int | None = None,
         outputs: Sequence[str] | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 (it also goes to the lab)
+        priority: int = 0,
     ) -> InferResponse:
-        """Run one request; `model` is a name, `publisher~name` or `name@alias`. It is sent once."""
+        """Run one request; `model` is a name, `publisher~name` or `name@alias`. It is sent once.
+
+        `priority`: 1 is the most urgent, 0 the model's default; for models whose lab gave them levels.
+        """
+        ...
+
+    def stream(
+        self,
+        model: str,
+        inputs: Tensors,
+        *,
+        version: int | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[InferResponse]:
+        """As `infer`, part by part. Closed, it stops the model."""
         ...
 
     async def metadata(self, model: str, version: int | None = None) -> dict[str, Any]:
@@ -89,6 +105,8 @@ class LabClient(Protocol):
 
     async def set_alias(self, name: str, alias: str, version: int) -> dict[str, Any]: ...
 
+    async def set_serving(self, name: str, changes: Mapping[str, Any] | None) -> dict[str, Any]: ...
+
     async def rollback(self, name: str, alias: str | None = None) -> dict[str, Any]: ...
 
     async def verify(self, name: str, version: int | None = None) -> dict[str, Any]: ...
@@ -108,6 +126,12 @@ class LabClient(Protocol):
     async def workers(self) -> list[dict[str, Any]]: ...
 
     async def status(self) -> dict[str, Any]: ...
+
+    async def quarantine(self) -> list[dict[str, Any]]:
+        """`{"model", "version", "isolated", "poison": [{"mark": of an input that is not run, "until": Unix time}]}`."""
+        ...
+
+    async def forgive(self, name: str) -> dict[str, Any]: ...
 
     async def events(self, after: int | None, wait: float) -> dict[str, Any]:
         """`{"events", "seq"}`: what happened after that number (0: all that is still known), at once, or within `wait` seconds when

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Final, Never
 
 import orjson
@@ -137,16 +137,30 @@ class PeerClient:
         version: int | None = None,
         outputs: Sequence[str] | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 (it also goes to the lab, which stops working on what nobody waits for)
+        priority: int = 0,
     ) -> InferResponse:
         """Run one request; `model` is a name, `publisher~name` or `name@alias`. Lost on its way, it is made again if the model is pure.
 
         Raises: UnknownModelError, BadInputError, NoWorkerError, ModelFailedError …: as the lab's gateway answers; StreamLostError: the
         lab went away meanwhile, and only the caller knows whether the model may have run twice.
         """
-        body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True)
+        body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True, priority=priority)
         value = _addressed(body, header_nbytes or len(body), model, version)
         answer = await self._inferred(value, (model, version), _patience(len(body)) if timeout is None else timeout)
         return decode_response(memoryview(answer)[_LENGTH_NBYTES:], int.from_bytes(answer[:_LENGTH_NBYTES], "little"))
+
+    def stream(
+        self,
+        model: str,
+        inputs: Tensors,
+        *,
+        version: int | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[InferResponse]:
+        """Raises: UnsupportedError: a call over the swarm has one answer."""
+        del model, inputs, version, outputs, timeout
+        raise UnsupportedError("a lab can't be asked over the swarm to answer part by part: `infer` gives all parts, joined")
 
     async def _inferred(self, value: Piece, asked: tuple[str, int | None], timeout: float) -> bytes:  # noqa: ASYNC109 (as above)
         clock = asyncio.get_running_loop().time
@@ -254,6 +268,10 @@ class PeerClient:
     async def delete_version(self, name: str, version: int) -> dict[str, Any]:
         self._only_there("delete a version", f"`tether rm {name}:{version}`")
 
+    async def set_serving(self, name: str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+        del changes
+        self._only_there("say how it serves a model", f"`tether serving {name}`")
+
     async def rollback(self, name: str, alias: str | None = None) -> dict[str, Any]:
         del alias
         self._only_there("roll back", f"`tether rollback {name}`, or set the alias")
@@ -284,6 +302,13 @@ class PeerClient:
 
     async def status(self) -> dict[str, Any]:
         self._only_there("show its services", "`tether status`")
+
+    async def quarantine(self) -> list[dict[str, Any]]:
+        self._only_there("show what it holds against inputs", "`tether quarantine`")
+
+    async def forgive(self, name: str) -> dict[str, Any]:
+        del name
+        self._only_there("forgive inputs", "`tether quarantine --clear`")
 
     async def trust(self, publisher: str, scopes: Sequence[str]) -> dict[str, Any]:
         del publisher, scopes

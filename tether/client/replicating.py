@@ -8,9 +8,8 @@ from urllib.parse import quote
 import orjson
 
 from tether.client.admitting import Ask
+from tether.client.answers import lab_part, rows
 from tether.client.own_manager import OwnManager
-from tether.errors import RemoteError
-from tether.security.addresses import SCHEME
 
 __all__ = ["OwnReplicating", "Replicating"]
 
@@ -33,14 +32,10 @@ class Replicating:
         return await self._ask("POST", f"{_V1}/replications", {"publisher": publisher, "model": model, "via": via, "wait": wait})
 
     async def replications(self) -> list[dict[str, Any]]:
-        rows = (await self._ask("GET", f"{_V1}/replications")).get("replications")
-        if not isinstance(rows, list):
-            raise RemoteError("the gateway's answer has no list of replications; do its version and this one differ?")
-        return rows
+        return rows(await self._ask("GET", f"{_V1}/replications"), "replications")
 
     async def release(self, publisher: str, model: str) -> dict[str, Any]:
-        named = quote(publisher.removeprefix(SCHEME), safe="")
-        return await self._ask("DELETE", f"{_V1}/replications/{named}/{quote(model, safe='')}")
+        return await self._ask("DELETE", f"{_V1}/replications/{lab_part(publisher)}/{quote(model, safe='')}")
 
 
 class OwnReplicating:

@@ -26,8 +26,10 @@ from tether.gateway.door import Dispatcher, Door, Settings
 from tether.gateway.lending import LENDING
 from tether.gateway.management import MANAGEMENT
 from tether.gateway.protocol import FastProtocol, protocol_class
+from tether.gateway.quarantine import QUARANTINE
 from tether.gateway.replicating import REPLICATING
 from tether.gateway.routes import PROTOCOL, Answer, Call, Endpoint, as_json
+from tether.gateway.streaming import STREAMING
 from tether.gateway.watching import WATCHING
 from tether.gateway.zarr_door import ZARR
 from tether.telemetry.accesslog import Access
@@ -55,7 +57,7 @@ def make_app(door: Door) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
 
 
 def _endpoints() -> tuple[Endpoint, ...]:
-    shown = (*PROTOCOL, *MANAGEMENT, *ADMITTING, *REPLICATING, *COPYING, *LENDING, *WATCHING, *ZARR)
+    shown = (*PROTOCOL, *STREAMING, *MANAGEMENT, *ADMITTING, *REPLICATING, *COPYING, *LENDING, *QUARANTINE, *WATCHING, *ZARR)
 
     async def document(_call: Call) -> Answer:
         return as_json(openapi(shown))
@@ -118,8 +120,23 @@ def _response(answer: Answer) -> Response:
     if answer.status in {429, 503}:
         headers["retry-after"] = "1"
     if answer.rest is not None:
-        return StreamingResponse(_parts(answer.body, answer.rest), answer.status, headers)
+        return _Streaming(answer, answer.rest, headers)
     return Response(answer.body, answer.status, headers)
+
+
+class _Streaming(StreamingResponse):
+    """An answer that is made while it is sent. Its end is told, also where it was never begun."""
+
+    def __init__(self, answer: Answer, rest: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(_parts(answer.body, rest), answer.status, headers)
+        self._ended = answer.ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._ended is not None:
+                self._ended()
 
 
 async def _parts(body: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

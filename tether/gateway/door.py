@@ -15,6 +15,7 @@ from tether.errors import MalformedRequestError, TetherError
 from tether.gateway.admission import Admission, Headers, Keys, timeout_of
 from tether.gateway.event_log import EventLog
 from tether.gateway.oip import Target, raw_request, target_of
+from tether.gateway.parts import Parts
 from tether.ports import Hop, HopReply, Management
 from tether.routing.table import Table
 from tether.telemetry.accesslog import Access, AccessLog
@@ -42,8 +43,20 @@ class Dispatcher(Protocol):
         """
         ...
 
+    def stream(self, model: str, version: str | None, hop: Hop, parts: Parts, done: Callable[[HopReply], None], /) -> Callable[[], None]:
+        """As `infer`, with an answer in parts: the reply that `done` gets ends it, with one more part if it is 200 and has a body."""
+        ...
+
     async def status(self) -> dict[str, Any]:
         """The services of the lab."""
+        ...
+
+    async def forgive(self, model: str) -> None:
+        """Hold nothing any more against inputs of this model, nor against its versions. Raises: ServiceUnavailableError."""
+        ...
+
+    async def vitals(self) -> dict[str, Any]:
+        """By worker, what it uses and what its models did. Raises: ServiceUnavailableError."""
         ...
 
 

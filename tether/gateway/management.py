@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
+import msgspec
+
 from tether.errors import BadNameError, MalformedRequestError
 from tether.gateway.routes import Answer, Call, Endpoint, as_json, json_object
 from tether.routing.table import WorkerEntry
+from tether.serving_settings import ServingSettings
 from tether.types import ModelRef
 
 __all__ = ["MANAGEMENT"]
@@ -101,6 +104,14 @@ async def _rollback(call: Call) -> Answer:
     return as_json(await call.door.dispatcher.management.rollback(_name(call), alias))
 
 
+async def _amend_serving(call: Call) -> Answer:
+    return as_json(await call.door.dispatcher.management.set_serving(_name(call), json_object(call)))
+
+
+async def _reset_serving(call: Call) -> Answer:
+    return as_json(await call.door.dispatcher.management.set_serving(_name(call), None))
+
+
 async def _verify(call: Call) -> Answer:
     version = json_object(call).get("version")
     if version is not None and not _is_version(version):
@@ -152,6 +163,7 @@ def _worker(worker: WorkerEntry) -> dict[str, Any]:
         "transport": worker.transport,
         "slots": worker.slots,
         "peer": worker.peer,
+        "memory": msgspec.to_builtins(worker.memory),
     }
 
 
@@ -173,6 +185,7 @@ _WHICH: Final = {"type": "object", "properties": {"alias": {"type": ["string", "
 _CHECKED: Final = {"type": "object", "properties": {"version": {"type": ["integer", "null"]}}}
 _SCOPES: Final = {"type": "object", "required": ["scopes"], "properties": {"scopes": {"type": "array", "items": {"enum": ["code"]}}}}
 _COLLECT: Final = {"type": "object", "properties": {"dry_run": {"type": "boolean"}, "grace": {"type": ["number", "null"], "minimum": 0}}}
+_SERVING: Final = msgspec.json.schema(ServingSettings)["$defs"]["ServingSettings"]
 _V1: Final = "/tether/v1"
 _MODEL: Final = f"{_V1}/models/{{name}}"
 
@@ -188,6 +201,8 @@ MANAGEMENT: Final = (
     Endpoint("PUT", f"{_MODEL}/aliases/{{alias}}", "manage", _set_alias, "Point an alias at a version", _ALIAS, _SMALL),
     Endpoint("DELETE", f"{_MODEL}/aliases/{{alias}}", "manage", _delete_alias, "Remove an alias"),
     Endpoint("POST", f"{_MODEL}/rollback", "manage", _rollback, "Move an alias back", _WHICH, _SMALL),
+    Endpoint("PUT", f"{_MODEL}/serving", "manage", _amend_serving, "Say how a model is served; null: by default", _SERVING, _SMALL),
+    Endpoint("DELETE", f"{_MODEL}/serving", "manage", _reset_serving, "Serve a model as if nothing had been said"),
     Endpoint("POST", f"{_MODEL}/verify", "manage", _verify, "Read every byte and check it", _CHECKED, _SMALL),
     Endpoint("GET", f"{_MODEL}/diff/{{before}}/{{after}}", "manage", _diff, "Which tensors changed, and by how much"),
     Endpoint("POST", f"{_MODEL}/repair", "manage", _repair, "Mend what is damaged with blobs that were uploaded again", _CHECKED, _SMALL),

@@ -19,11 +19,14 @@ from tether.wire.elements import from_json
 from tether.wire.oip import decode_response, encode_request
 
 __all__ = [
+    "PLATFORMS",
     "Target",
     "decompressed",
     "is_ready",
     "lab_is_ready",
     "model_metadata",
+    "nested_array",
+    "plain",
     "raw_request",
     "repository_index",
     "server_metadata",
@@ -36,7 +39,7 @@ Target = tuple[str, str | None]
 """Model and version as the URL says them."""
 
 _INFER: Final = re.compile(rb"/v2/models/([^/?#]+)(?:/versions/([^/?#]+))?/infer(?:\?[^#]*)?")
-_PLATFORMS: Final[dict[ModelFormat, str]] = {
+PLATFORMS: Final[dict[ModelFormat, str]] = {
     "onnx": "onnxruntime_onnx",
     "pt2": "pytorch_pt2",
     "torchscript": "pytorch_torchscript",
@@ -44,6 +47,7 @@ _PLATFORMS: Final[dict[ModelFormat, str]] = {
     "keras": "tensorflow_keras",
     "custom": "python_custom",
 }
+_EXTENSIONS: Final = ["binary_tensor_data", "generate", "model_configuration", "parameters", "schedule_policy"]
 _INDEX_STATE: Final = {"ready": "READY", "loading": "LOADING", "unloaded": "UNAVAILABLE", "failed": "UNAVAILABLE"}
 
 
@@ -62,7 +66,7 @@ def _text(part: bytes) -> str:
 
 def server_metadata() -> dict[str, Any]:
     """`GET /v2`; only extensions that work are named."""
-    return {"name": "tether", "version": __version__, "extensions": ["binary_tensor_data", "parameters"]}
+    return {"name": "tether", "version": __version__, "extensions": _EXTENSIONS}
 
 
 def model_metadata(name: str, table: Table, entry: VersionEntry, *, all_versions: bool) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def model_metadata(name: str, table: Table, entry: VersionEntry, *, all_versions
     return {
         "name": entry.model.name,
         "versions": [str(version) for version in versions],
-        "platform": _PLATFORMS[entry.info.format],
+        "platform": PLATFORMS[entry.info.format],
         "inputs": [_tensor_metadata(spec) for spec in entry.info.inputs],
         "outputs": [_tensor_metadata(spec) for spec in entry.info.outputs],
     }
@@ -197,9 +201,15 @@ def short_request(body: bytes, table: Table) -> tuple[Target, bytes, int]:
 def _nested(name: str, raw: msgspec.Raw, info: ModelInfo) -> Array:
     for spec in info.inputs:
         if spec.name == name:
-            break
-    else:
-        raise BadInputError(f"the model has no input {name[:80]!r}; it expects {', '.join(repr(spec.name) for spec in info.inputs)}")
+            return nested_array(raw, spec)
+    raise BadInputError(f"the model has no input {name[:80]!r}; it expects {', '.join(repr(spec.name) for spec in info.inputs)}")
+
+
+def nested_array(raw: msgspec.Raw, spec: TensorSpec) -> Array:
+    """A nested list, or one value, as an array of the input's datatype and of its own shape.
+
+    Raises: BadInputError; `msgspec.DecodeError` and RecursionError pass through.
+    """
     shape: list[int] = []
     values = _read_any(raw)
     scalar = not isinstance(values, list)
@@ -211,17 +221,18 @@ def _nested(name: str, raw: msgspec.Raw, info: ModelInfo) -> Array:
             return from_json(msgspec.Raw(b"[" + bytes(memoryview(raw)) + b"]"), spec.datatype, ())
         return from_json(raw, spec.datatype, tuple(shape))
     except BadInputError as error:
-        raise BadInputError(f"input {name!r}: {error}; the model expects {spec.datatype} {list(spec.shape)}") from None
+        raise BadInputError(f"input {spec.name!r}: {error}; the model expects {spec.datatype} {list(spec.shape)}") from None
 
 
 def short_answer(body: bytes, header_nbytes: int) -> bytes:
     """The short form of an answer: `{"model", "version", "outputs": {name: nested list}}`; NaN and infinities are null."""
     answer = decode_response(body, header_nbytes)
-    outputs = {name: _lists(array) for name, array in answer.outputs.items()}
+    outputs = {name: plain(array) for name, array in answer.outputs.items()}
     return orjson.dumps({"model": answer.model, "version": answer.version, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _lists(array: Array) -> Any:
+def plain(array: Array) -> Any:
+    """What orjson writes as nested lists, or as one value: text as it is, NaN and infinities as null."""
     if array.dtype == object:
         return _texts(array.tolist())
     if array.dtype.kind == "V":  # bfloat16: orjson does not know it

@@ -13,6 +13,7 @@ import orjson
 from tether.errors import MalformedRequestError, ServiceUnavailableError
 from tether.gateway.admission import Headers, Need, timeout_of
 from tether.gateway.door import Door
+from tether.gateway.model_config import model_config
 from tether.gateway.oip import (
     Target,
     decompressed,
@@ -26,10 +27,11 @@ from tether.gateway.oip import (
 )
 from tether.ports import Hop, HopReply
 from tether.telemetry.metrics import render
+from tether.telemetry.worker_metrics import worker_metrics
 
-__all__ = ["PROTOCOL", "Answer", "Call", "Endpoint", "as_json", "json_object"]
+__all__ = ["OFF_LOOP", "PROTOCOL", "TENSORS", "Answer", "Call", "Endpoint", "as_json", "forward", "json_object", "plain_body"]
 
-_OFF_LOOP: Final = 256 << 10
+OFF_LOOP: Final = 256 << 10
 """Body bytes from which parsing moves to a thread: below, the move costs more than it saves other requests."""
 
 
@@ -59,7 +61,9 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     """More of them."""
     rest: AsyncIterator[bytes] | None = None
-    """What follows `body`, made as the client takes it; `headers` then has the content-length of both."""
+    """What follows `body`, made as the client takes it; `headers` then has the content-length of both, if it is known."""
+    ended: Callable[[], None] | None = None
+    """Called once, when the client has all of it or is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,12 @@ async def _model(call: Call) -> Answer:
     return as_json(model_metadata(name, table, table.resolve(name, version), all_versions=version is None))
 
 
+async def _model_config(call: Call) -> Answer:
+    table = call.door.dispatcher.table
+    entry = table.resolve(call.path["model"], call.path.get("version"))
+    return as_json(model_config(entry, table.models[entry.model.name].serving))
+
+
 async def _model_ready(call: Call) -> Answer:
     table = call.door.dispatcher.table
     entry = table.resolve(call.path["model"], call.path.get("version"))
@@ -135,29 +145,53 @@ async def _index(call: Call) -> Answer:
     return as_json(repository_index(call.door.dispatcher.table, only_ready=only_ready))
 
 
-async def _metrics(_call: Call) -> Answer:
-    return Answer(200, render(), "text/plain; version=1.0.0; charset=utf-8")
+async def _metrics(call: Call) -> Answer:
+    """This gateway's own, and what workers told; without that while no orchestrator answers."""
+    try:
+        workers = await call.door.dispatcher.vitals()
+    except ServiceUnavailableError:
+        workers = {}
+    return Answer(200, render(worker_metrics(workers)), "text/plain; version=1.0.0; charset=utf-8")
+
+
+async def _feedback(call: Call) -> Answer:
+    """Labels that came later: how many answers of a version were right."""
+    told = json_object(call)
+    unknown = told.keys() - {"right", "wrong"}
+    right, wrong = told.get("right", 0), told.get("wrong", 0)
+    if unknown or not all(isinstance(count, int) and not isinstance(count, bool) and 0 <= count < _COUNT for count in (right, wrong)):
+        raise MalformedRequestError('feedback is {"right": 93, "wrong": 7}: of answers whose labels are known, how many were right')
+    target = call.path["model"], call.path.get("version")
+    call.door.dispatcher.table.resolve(*target)
+    series = call.door.series(target)
+    series.right += right
+    series.wrong += wrong
+    return as_json({"model": series.model, "version": series.version, "right": series.right, "wrong": series.wrong})
+
+
+async def plain_body(call: Call) -> bytes:
+    """The body as it was before `Content-Encoding`. Raises: PayloadTooLargeError, MalformedRequestError."""
+    encoding = call.headers.get(b"content-encoding")
+    if encoding is None or encoding.strip().lower() == b"identity":
+        return call.body
+    return await asyncio.to_thread(decompressed, call.body, encoding.decode("latin-1"), call.door.settings.limits.body_nbytes)
 
 
 async def _infer(call: Call) -> Answer:
     """What the fast lane leaves: compressed bodies, and URLs in another spelling."""
-    body = call.body
-    encoding = call.headers.get(b"content-encoding")
-    if encoding is not None and encoding.strip().lower() != b"identity":
-        limit = call.door.settings.limits.body_nbytes
-        body = await asyncio.to_thread(decompressed, body, encoding.decode("latin-1"), limit)
+    body = await plain_body(call)
     target = call.path["model"], call.path.get("version")
-    return _answer(await _forward(call, target, lambda: call.door.hop(target, call.headers, body)))
+    return _answer(await forward(call, target, lambda: call.door.hop(target, call.headers, body)))
 
 
 async def _short(call: Call) -> Answer:
     table = call.door.dispatcher.table
-    if len(call.body) > _OFF_LOOP:
+    if len(call.body) > OFF_LOOP:
         target, body, header_nbytes = await asyncio.to_thread(short_request, call.body, table)
     else:
         target, body, header_nbytes = short_request(call.body, table)
     timeout = timeout_of(call.headers, call.body, 0, call.door.settings.limits.timeout)
-    reply = await _forward(call, target, lambda: Hop(body, header_nbytes, timeout))
+    reply = await forward(call, target, lambda: Hop(body, header_nbytes, timeout))
     if reply.status != 200:  # noqa: PLR2004 (an error's body is the same in both forms)
         return _answer(reply)
     return Answer(200, await asyncio.to_thread(short_answer, reply.body, reply.header_nbytes))
@@ -168,7 +202,7 @@ def _answer(reply: HopReply) -> Answer:
     return Answer(reply.status, reply.body, kind, reply.header_nbytes)
 
 
-async def _forward(call: Call, target: Target, make: Callable[[], Hop]) -> HopReply:
+async def forward(call: Call, target: Target, make: Callable[[], Hop]) -> HopReply:
     """To a worker and back, counted; a client that goes away cancels it."""
     door, started = call.door, perf_counter()
     series = door.series(target)
@@ -198,7 +232,7 @@ async def _exchange(call: Call, target: Target, hop: Hop) -> HopReply:
     return answered.result()
 
 
-_TENSORS: Final = {
+TENSORS: Final[Mapping[str, Any]] = {
     "type": "object",
     "required": ["inputs"],
     "properties": {
@@ -231,6 +265,10 @@ _SHORT: Final = {
     },
 }
 _FILTER: Final = {"type": "object", "properties": {"ready": {"type": "boolean"}}}
+_FEEDBACK: Final = {"type": "object", "properties": {name: {"type": "integer", "minimum": 0} for name in ("right", "wrong")}}
+_COUNT: Final = 1 << 53
+"""Beyond it a float, which Prometheus' values are, can't count."""
+_OF_MODEL: Final = "/tether/v1/models/{model}"
 _SMALL: Final = 64 << 10
 """Bytes of a body that holds a word or two."""
 
@@ -241,11 +279,15 @@ PROTOCOL: Final = (
     Endpoint("GET", "/metrics", "metrics", _metrics, "Metrics, in Prometheus' text format"),
     Endpoint("GET", "/v2", "infer", _server, "Name, version and extensions of the server"),
     Endpoint("GET", "/v2/models/{model}", "infer", _model, "A model's inputs and outputs"),
+    Endpoint("GET", "/v2/models/{model}/config", "infer", _model_config, "How the model is batched, as Triton's ModelConfig"),
     Endpoint("GET", "/v2/models/{model}/ready", "infer", _model_ready, "The model can answer (else 503)"),
-    Endpoint("POST", "/v2/models/{model}/infer", "infer", _infer, "Run the model", _TENSORS),
+    Endpoint("POST", "/v2/models/{model}/infer", "infer", _infer, "Run the model", TENSORS),
     Endpoint("GET", "/v2/models/{model}/versions/{version}", "infer", _model, "A version's inputs and outputs"),
+    Endpoint("GET", "/v2/models/{model}/versions/{version}/config", "infer", _model_config, "The same, of a version"),
     Endpoint("GET", "/v2/models/{model}/versions/{version}/ready", "infer", _model_ready, "The version can answer (else 503)"),
-    Endpoint("POST", "/v2/models/{model}/versions/{version}/infer", "infer", _infer, "Run this version", _TENSORS),
+    Endpoint("POST", "/v2/models/{model}/versions/{version}/infer", "infer", _infer, "Run this version", TENSORS),
+    Endpoint("POST", f"{_OF_MODEL}/feedback", "infer", _feedback, "Labels fed back: accuracy", _FEEDBACK, _SMALL),
+    Endpoint("POST", f"{_OF_MODEL}/versions/{{version}}/feedback", "infer", _feedback, "The same, of a version", _FEEDBACK, _SMALL),
     Endpoint("POST", "/v2/repository/index", "infer", _index, "All models and their states", _FILTER, _SMALL),
     Endpoint("POST", "/inference", "infer", _short, "Run a model: nested lists in, nested lists out", _SHORT),
 )

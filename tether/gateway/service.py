@@ -43,6 +43,15 @@ class _Control:
     async def want(self, model: ModelVersion) -> tuple[str, str]:
         return await self.orchestrator.want(model)
 
+    async def vitals(self) -> dict[str, Any]:
+        return await self.orchestrator.vitals()
+
+    async def quarantine(self, model: ModelVersion, mark: str | None) -> None:
+        await self.orchestrator.quarantine(model, mark)
+
+    async def forgive(self, model: str) -> None:
+        await self.orchestrator.forgive(model)
+
     async def status(self) -> dict[str, Any]:
         """What the supervisor says of the services, with the workers and models of the table, and what the manager says of the swarm."""
         swarm = await self._swarm()
@@ -87,6 +96,8 @@ def _models(table: Table) -> list[dict[str, Any]]:
                     "framework": version.info.framework,
                     "state": version.state,
                     "reason": version.reason,
+                    "isolated": version.is_isolated,
+                    "poison": len(version.poison),
                     "workers": [route.worker for route in version.routes],
                 }
                 for number, version in sorted(entry.versions.items())

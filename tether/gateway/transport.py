@@ -10,8 +10,8 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from tether.ports import Endpoint, Hop, HopReply, OnReply, Undelivered
-from tether.wire.frames import INLINE, UNDELIVERED, FrameReader, FrameWriter
+from tether.ports import Endpoint, Hop, HopReply, OnReply, OpenStream, Undelivered
+from tether.wire.frames import ALONE, INLINE, LEAVING, OK, PART, PARTS, UNDELIVERED, FrameReader, FrameWriter, Head
 from tether.wire.ring import RING_FROM_NBYTES, Ring
 
 __all__ = ["UnixTransport"]
@@ -27,12 +27,16 @@ class UnixTransport(asyncio.BufferedProtocol):
         self._endpoint, self._ring = endpoint, ring
         self._reader, self._writer = FrameReader(), FrameWriter()
         self._waiting: dict[int, _Waiting] = {}
+        self._on_part: dict[int, Callable[[HopReply], None]] = {}
+        """Of the requests whose answers come in parts."""
         self._next_id = 0
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._due = False
         self._connected = False
         self.closed = False
+        self._leaving = False
+        """Whether the model is to be freed there: what was sent is answered, and then the connection is of no use."""
         self._connecting = self._loop.create_task(self._connect())
 
     @property
@@ -68,8 +72,12 @@ class UnixTransport(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         frame = self._reader.received(nbytes)
         for head, payload in frame:
+            if head.status == PART:
+                self._part(head, payload)
+                continue
             waiting = self._waiting.pop(head.id, None)
             if waiting is None:
+                self._leaving |= head.status == LEAVING
                 continue
             on_reply, offset, size = waiting
             self._give_back(offset, size)
@@ -77,35 +85,69 @@ class UnixTransport(asyncio.BufferedProtocol):
             on_reply(HopReply(head.status, bytes(payload), head.header_nbytes) if reason is None else reason)
         frame.clear()
         self._reader.release()
+        if self._leaving and not self._waiting:
+            self.close()
 
     def send(self, hop: Hop, on_reply: OnReply) -> Callable[[], None]:
         """Send it; never blocks. The returned function abandons it: `on_reply` will not be called any more."""
-        if self.closed:
+        if self.closed or self._leaving:
             self._loop.call_soon(on_reply, Undelivered.NOT_SENT)
             return _nothing
-        self._next_id = request_id = (self._next_id + 1) & 0xFFFFFFFF
+        request_id = self._post(hop, on_reply)
+        return lambda: self._abandon(request_id)
+
+    def stream(self, hop: Hop, on_part: Callable[[HopReply], None], on_reply: OnReply) -> OpenStream:
+        """As `Transport.stream`."""
+        if self.closed or self._leaving:
+            self._loop.call_soon(on_reply, Undelivered.NOT_SENT)
+            return OpenStream(_nothing, _nothing)
+
+        def ended(reply: HopReply | Undelivered) -> None:
+            self._on_part.pop(request_id, None)
+            on_reply(reply)
+
+        request_id = self._post(hop, ended, PARTS)
+        self._on_part[request_id] = on_part
+        return OpenStream(lambda: self._abandon(request_id), lambda: self._taken(request_id))
+
+    def _post(self, hop: Hop, on_reply: OnReply, flags: int = 0) -> int:
+        """The id of the request, which leaves soon. A stream may hold a block of the ring for ever, so it gets none."""
+        self._next_id = request_id = (self._next_id + 1) & 0xFFFFFFFF or 1
         body, offset = hop.body, INLINE
-        if self._ring is not None and len(body) >= RING_FROM_NBYTES:
+        if self._ring is not None and len(body) >= RING_FROM_NBYTES and not flags:
             block = self._ring.put(body)
             offset = INLINE if block is None else block
         self._waiting[request_id] = (on_reply, offset, len(body))
-        self._writer.request(request_id, body, hop.header_nbytes, min(int(hop.timeout * 1000), 0xFFFFFFFF), offset)
+        timeout_ms, flags = min(int(hop.timeout * 1000), 0xFFFFFFFF), flags | (ALONE if hop.alone else 0)
+        self._writer.request(request_id, body, hop.header_nbytes, timeout_ms, offset, flags)
+        self._flush_soon()
+        return request_id
+
+    def _flush_soon(self) -> None:
         if self._writer.is_full:
             self._flush()
         elif not self._due:
             self._due = True
             self._loop.call_soon(self._flush)
-        return lambda: self._abandon(request_id)
 
     def _abandon(self, request_id: int) -> None:
         """The worker may still be reading the body: its block comes back with the reply."""
         waiting = self._waiting.get(request_id)
         if waiting is not None:
             self._waiting[request_id] = (_ignore, waiting[1], waiting[2])
+            self._on_part.pop(request_id, None)
             self._writer.withdraw(request_id)
-            if not self._due:
-                self._due = True
-                self._loop.call_soon(self._flush)
+            self._flush_soon()
+
+    def _part(self, head: Head, payload: memoryview) -> None:
+        on_part = self._on_part.get(head.id)
+        if on_part is not None:
+            on_part(HopReply(OK, bytes(payload), head.header_nbytes))
+
+    def _taken(self, request_id: int) -> None:
+        if request_id in self._on_part:
+            self._writer.taken(request_id)
+            self._flush_soon()
 
     def _flush(self) -> None:
         if self._transport is None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from tether.config import CARDS_ENV, has_cards
 from tether.errors import ConfigError
-from tether.runtimes.devices import CARDS_ENV, has_cards
 
 __all__ = ["check_cards", "gpu_count", "machine_cards", "share", "worker_count"]
 

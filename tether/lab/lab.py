@@ -6,7 +6,7 @@ import asyncio
 import atexit
 import functools
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
@@ -86,6 +86,10 @@ class Lab:
     aalias = _awaited(Operations.alias)
     rollback = _waiting(Operations.rollback)
     arollback = _awaited(Operations.rollback)
+    serve = _waiting(Operations.serve)
+    aserve = _awaited(Operations.serve)
+    reset_serving = _waiting(Operations.reset_serving)
+    areset_serving = _awaited(Operations.reset_serving)
     verify = _waiting(Operations.verify)
     averify = _awaited(Operations.verify)
     diff = _waiting(Operations.diff)
@@ -176,6 +180,38 @@ class Lab:
             return loop.run(self.operations.replicate(model, source, via=via, timeout=timeout, progress=told))
 
     replicate.__doc__ = Operations.replicate.__doc__
+
+    def stream(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: int | None = None,
+        outputs: str | Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """As `infer`, part by part while the model makes them: leave the loop to stop it.
+
+            for words in lab.stream("writer", {"prompt": ["Once upon"]}):
+                print(words[0].decode(), end="")
+
+        Of a model that answers at once, its answer. `timeout`: seconds for all of it; without, a minute for each part. To await: `astream`.
+
+        Raises: as `infer`; WorkerLostError: the worker went away in the middle; UnsupportedError: of a lab reached over the swarm.
+        """
+        return loop.each(self.operations.stream(model, inputs, version=version, outputs=outputs, timeout=timeout))
+
+    def astream(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: int | None = None,
+        outputs: str | Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Any]:
+        """As `stream`, for `async for`."""
+        return loop.each_async(self.operations.stream(model, inputs, version=version, outputs=outputs, timeout=timeout))
 
     def events(self, after: int | None = None) -> Iterator[LabEvent]:
         """What happens in the lab from now on, or from `after`, the `seq` of an event, on: leave the loop to end it.

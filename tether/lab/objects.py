@@ -12,7 +12,8 @@ import msgspec
 from tether.errors import RemoteError, UnsupportedError
 from tether.lab.sizes import size_text
 from tether.lab.swarm_state import SwarmState
-from tether.types import TensorSpec
+from tether.serving_settings import DEFAULTS, ServingSettings
+from tether.types import TensorSpec, WorkerMemory
 
 if TYPE_CHECKING:
     from tether.store.hierarchy.zarr import Weights
@@ -43,6 +44,7 @@ class _Info(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...] = ()
     format: str = ""
     requirements: tuple[str, ...] = ()
+    streams: bool = False
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -61,6 +63,10 @@ class Version(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """unloaded, loading, ready, failed."""
     reason: str = ""
     """Why it failed."""
+    isolated: bool = False
+    """Whether it runs in a process of its own, since it may be what ended workers."""
+    poison: int = 0
+    """How many inputs are not run, since they ended its process (`tether quarantine`)."""
     tags: dict[str, str] = {}
     info: _Info = _Info()
     example: bool = False
@@ -71,6 +77,11 @@ class Version(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         return self.info.inputs
+
+    @property
+    def streams(self) -> bool:
+        """Whether it answers in parts (`Lab.stream`)."""
+        return self.info.streams
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -131,6 +142,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """The version that the bare name means."""
     aliases: dict[str, int] = {}
     versions: tuple[Version, ...] = ()
+    serving: ServingSettings = DEFAULTS
+    """How its lab serves it: what `serve` said."""
 
     def __post_init__(self) -> None:
         named = tuple(version if version.name else msgspec.structs.replace(version, name=self.name) for version in self.versions)
@@ -277,6 +290,16 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of a lent worker: requests that it takes at a time."""
     peer: str | None = None
     """Of a lent worker: the public key of its lab, hex."""
+    memory: WorkerMemory | None = None
+    """What its models take; None: it did not say. Not in the HTML: it differs from machine to machine."""
+
+    @property
+    def room(self) -> str:
+        """What its models take of what they may, for a table."""
+        if self.memory is None:
+            return ""
+        used = size_text(self.memory.used)
+        return f"{used} of {size_text(self.memory.budget)}" if self.memory.budget else used
 
     @property
     def way(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ from tether.lab.tensors import named_arrays, to_npz
 from tether.lab.watching import EventSource, Watching
 from tether.lab.weights import open_weights
 from tether.security.addresses import SCHEME
+from tether.serving_settings import DEFAULTS, ServingSettings
 from tether.types import Array, Digest, InferResponse, ModelRef, Tensors, TensorSpec, model_name
 from tether.wire.npz import from_npz
 
@@ -121,18 +123,21 @@ class Operations(Admitting, Replicating, Copying, Lending, Watching):
         alias: str | None = None,
         tags: Mapping[str, str] | None = None,
         encrypt: bool | None = None,
+        serving: Mapping[str, Any] | None = None,
     ) -> Version:
         """Make a file or folder the next version of a model; the same bytes again give the version that they are already.
 
         `example` is a dict of arrays, or one array for a model with a single input: it is run once now and kept as the model's
         self-test, warm-up and day-one call. `alias` names the version, for instance "prod". With `encrypt` it is stored encrypted, and
         plain in memory only; whether a model that was encrypted before gets a plain version has to be said (False).
+        `serving` is what `serve` takes: of the model, not of the version alone.
 
         Raises: NoModelFileError: nothing is at `path`; UnknownFrameworkError: the files don't say what they are, pass `framework`;
             BadModelError: they can't be parsed, or the example fails; UntrustedCodeError, MissingDependencyError; ConflictError: the model
             is encrypted, say whether this version is to be.
         """
         model_name(name)
+        DEFAULTS.amended(serving or {})  # said before anything is sent
         entry, sources = await asyncio.to_thread(model_sources, path)
         if example is not None:
             sources = [*(source for source in sources if source.path != EXAMPLE), Source(EXAMPLE, to_npz(example))]
@@ -142,6 +147,8 @@ class Operations(Admitting, Replicating, Copying, Lending, Watching):
         body = draft(files, entry, framework=framework, aliases=aliases, tags=texts, encrypt=encrypt)
         answer = described(_Published, await publish_draft(self.client, name, body, files))
         self._known.clear()
+        if serving:
+            await self.serve(name, **serving)
         return await self.version(f"{name}:{answer.version}")
 
     async def infer(
@@ -152,17 +159,19 @@ class Operations(Admitting, Replicating, Copying, Lending, Watching):
         version: int | None = None,
         outputs: str | Sequence[str] | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 (it also goes to the gateway, which stops working on what nobody waits for)
+        priority: int = 0,
     ) -> Any:
         """Run a model: numpy in, numpy out. `model` is "digits", "digits:2", "digits@prod"; batch axis first.
 
         `inputs` is a dict of arrays by name, or one array for a model with a single input; lists, pandas objects and tensors are
         converted, and numbers cast to the model's type where that loses nothing but precision. The answer is one array where the
-        model has one output or `outputs` names one, else a dict.
+        model has one output or `outputs` names one, else a dict. `priority`: 1 is the most urgent, for models that `serve` gave levels.
 
         Raises: UnknownModelError, UnknownVersionError, BadInputError, ModelFailedError, NoWorkerError, DeadlineExceededError: `timeout`
             seconds are over.
         """
-        return _single((await self.answer(model, inputs, version=version, outputs=outputs, timeout=timeout)).outputs)
+        answer = await self.answer(model, inputs, version=version, outputs=outputs, timeout=timeout, priority=priority)
+        return _single(answer.outputs)
 
     async def answer(
         self,
@@ -172,21 +181,51 @@ class Operations(Admitting, Replicating, Copying, Lending, Watching):
         version: int | None = None,
         outputs: str | Sequence[str] | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 (as above)
+        priority: int = 0,
     ) -> InferResponse:
         """As `infer`, with the outputs' names and the version that answered."""
         name, number = await self._address(model, version)
         wanted = [outputs] if isinstance(outputs, str) else outputs
         known, fresh = await self._inputs(name, number)
         try:
-            answer = await self.client.infer(name, named_arrays(inputs, known.inputs), version=number, outputs=wanted, timeout=timeout)
+            answer = await self.client.infer(
+                name, named_arrays(inputs, known.inputs), version=number, outputs=wanted, timeout=timeout, priority=priority
+            )
         except (BadInputError, NotFoundError):
             if fresh or not await self._changed(name, number, known):
                 raise
-            return await self.answer(model, inputs, version=version, outputs=outputs, timeout=timeout)
+            return await self.answer(model, inputs, version=version, outputs=outputs, timeout=timeout, priority=priority)
         if known.version not in {None, answer.version}:
             self._known.pop(_key(name, number), None)
         known.version = answer.version
         return answer
+
+    async def stream(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: int | None = None,
+        outputs: str | Sequence[str] | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 (as above)
+    ) -> AsyncGenerator[Any]:
+        """As `Lab.stream`."""
+        name, number = await self._address(model, version)
+        wanted = [outputs] if isinstance(outputs, str) else outputs
+        known, fresh = await self._inputs(name, number)
+        parts = self.client.stream(name, named_arrays(inputs, known.inputs), version=number, outputs=wanted, timeout=timeout)
+        begun = False
+        try:
+            async with aclosing(parts):
+                async for part in parts:
+                    begun = True
+                    yield _single(part.outputs)
+            return
+        except (BadInputError, NotFoundError):
+            if begun or fresh or not await self._changed(name, number, known):
+                raise
+        async for each in self.stream(model, inputs, version=version, outputs=outputs, timeout=timeout):
+            yield each
 
     async def version(self, model: str) -> Version:
         """The version that "digits", "digits:2", "digits@prod" or "digits:sha-…" means now."""
@@ -243,6 +282,22 @@ class Operations(Admitting, Replicating, Copying, Lending, Watching):
         moved = described(AliasMove, await self.client.rollback(name, alias))
         self._known.clear()
         return moved
+
+    async def serve(self, /, name: str, **settings: Any) -> ServingSettings:
+        """Say how this lab serves a model, all versions, from now on, also where it is loaded already: `lab.serve("x", max_batch_size=32)`.
+
+        What is not named stays as it was said; None takes one back. The settings are those of `ServingSettings`, and nothing has to be
+        said: a worker learns what batches gain. It stays in this lab, and is no part of a version. The answer: all that is said.
+
+        Raises: UnknownModelError; BadInputError: there is no such setting, or it can't have that value.
+        """
+        for setting, value in settings.items():
+            DEFAULTS.amended({setting: value})  # JSON would make a null of what is no number, and so take it back
+        return described(_Served, await self.client.set_serving(_url_name(ModelRef.parse(name)), settings)).serving
+
+    async def reset_serving(self, name: str) -> None:
+        """Serve a model as if nothing had been said of it."""
+        await self.client.set_serving(_url_name(ModelRef.parse(name)), None)
 
     async def verify(self, model: str) -> Verification:
         """Read every byte of a version ("digits:2"), or of all versions ("digits"), and compare it with its digest."""
@@ -365,6 +420,10 @@ class Operations(Admitting, Replicating, Copying, Lending, Watching):
 
 class _Published(msgspec.Struct, frozen=True):
     version: int
+
+
+class _Served(msgspec.Struct, frozen=True):
+    serving: ServingSettings
 
 
 class _Accepted(msgspec.Struct, frozen=True):

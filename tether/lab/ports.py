@@ -5,39 +5,53 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 import psutil
 
 from tether.errors import ConfigError, PortBusyError
 
-__all__ = ["PortPicker", "bind_exactly", "holder_of", "ports_lock"]
+__all__ = ["CHOOSING", "PortPicker", "bind_exactly", "claimed", "claimed_file", "holder_of"]
 
 _STEP = 10
 """A second lab on one machine gets 8010, 8011, 8012 …: the same last digits."""
 _TRIES = 200
+CHOOSING = "ports"
+"""What is claimed by a lab while it chooses its ports."""
 
 
-@contextmanager
-def ports_lock(folder: Path) -> Iterator[int]:
-    """The open file that labs of one user lock while they choose ports; not through a link, which would open a file of another's choice.
+def claimed(name: str, folder: Path) -> int | None:
+    """A descriptor that keeps `name` from this user's other processes, until it is closed or this process ends; None: another one has it.
 
-    Raises: ConfigError: it can't be opened.
+    On Linux an abstract socket: all see the same ones that see the same ports, whatever TMPDIR says to each of them, and nobody clears
+    them away. Elsewhere a file in `folder`. Raises: ConfigError: that can't be opened.
     """
-    descriptor = _opened(folder / "ports.lock")
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    return _claimed_socket(name) if sys.platform == "linux" else claimed_file(folder / f"{name}.lock")
 
 
-def _opened(path: Path) -> int:
+def _claimed_socket(name: str) -> int | None:
+    sock = socket.socket(socket.AF_UNIX)
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        sock.bind(f"\0tether-{os.getuid()}-{name}")
+    except OSError:
+        sock.close()
+        return None
+    return sock.detach()
+
+
+def claimed_file(path: Path) -> int | None:
+    """As `claimed`, among those that know the path; not through a link, which would open a file of another's choice."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise ConfigError(f"{path} can't be opened ({error.strerror}); remove it") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def holder_of(port: int) -> str:
@@ -78,15 +92,15 @@ class PortPicker:
     """Gives out free ports near the ones that were wished for, none twice.
 
     They are this lab's until `close`: a service that died and is started again finds its port free, whatever lab of this user starts
-    meanwhile. Of a file that all these labs share it locks one byte for each; such a lock ends with its process, however that ends.
+    meanwhile. For each it claims a name that stands for it, and that ends with its process, however that ends.
     (A socket of the supervisor's own that keeps a port for a service would keep it from the service, too.)
     """
 
     def __init__(self, host: str, folder: Path) -> None:
-        """`folder`: where the labs of this user meet."""
+        """`folder`: as of `claimed`."""
         self._host, self._folder = host, folder
         self._given: set[int] = set()
-        self._locks: int | None = None
+        self._claims: list[int] = []
         self.notes: list[str] = []
         """One line for each port that was not the one wished for."""
 
@@ -111,20 +125,19 @@ class PortPicker:
 
     def close(self) -> None:
         """Leave them to others."""
-        if self._locks is not None:
-            os.close(self._locks)
-            self._locks = None
+        for claim in self._claims:
+            os.close(claim)
+        self._claims.clear()
 
     def _bound_as_ours(self, port: int) -> socket.socket | None:
         if port in self._given:
             return None
-        if self._locks is None:  # opened once: to close any descriptor of a file ends all locks that a process has on it
-            self._locks = _opened(self._folder / "ports.held")
-        try:
-            fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
-        except (BlockingIOError, PermissionError):  # POSIX allows either
+        claim = claimed(f"port-{port}", self._folder)
+        if claim is None:
             return None
         sock = _bound(self._host, port)
         if sock is None:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, port)
+            os.close(claim)
+        else:
+            self._claims.append(claim)
         return sock

@@ -87,13 +87,15 @@ class Process:
 
         Raises: StartFailedError: it dies again and again; the message ends with its log.
         """
-        answered = asyncio.ensure_future(self._ready.wait())
         keeper = self._keeper
         if keeper is None:
             raise StartFailedError(f"{self.spec.name} was not started")
-        await asyncio.wait([answered, keeper], return_when=asyncio.FIRST_COMPLETED)
-        if not self._ready.is_set():
+        answered = asyncio.ensure_future(self._ready.wait())
+        try:
+            await asyncio.wait([answered, keeper], return_when=asyncio.FIRST_COMPLETED)
+        finally:
             answered.cancel()
+        if not self._ready.is_set():
             raise self.failure("does not start")
 
     def failure(self, what: str) -> StartFailedError:

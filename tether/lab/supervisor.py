@@ -20,17 +20,14 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dask.system import CPU_COUNT
-
 from tether._version import __version__
-from tether.config import GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, bootstrap_nodes, lab_region, worker_ports
+from tether.config import CARDS_ENV, GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, bootstrap_nodes, lab_region, worker_ports
 from tether.errors import ConfigError, LabRunningError, StartFailedError
 from tether.lab.cards import check_cards, machine_cards, share
-from tether.lab.ports import PortPicker, bind_exactly, ports_lock
+from tether.lab.ports import CHOOSING, PortPicker, bind_exactly, claimed
 from tether.lab.processes import Process, ServiceSpec
 from tether.manager.locks import is_locked
 from tether.manager.settings import relay_keys
-from tether.runtimes.devices import CARDS_ENV
 from tether.security.addresses import Address
 from tether.security.identity import Identity
 from tether.security.keys import ensure_api_key
@@ -110,10 +107,12 @@ def _locked(descriptor: int) -> bool:
 @asynccontextmanager
 async def _alone_with_ports(data: DataFolder) -> AsyncIterator[None]:
     """Between looking for free ports and their services holding them no other lab of this user looks."""
-    with ports_lock(data.runtime.parent) as descriptor:
-        while not _locked(descriptor):  # noqa: ASYNC110 (a wait in flock would stop the loop, signals included)
-            await asyncio.sleep(_POLL)
+    while (claim := claimed(CHOOSING, data.runtime.parent)) is None:  # noqa: ASYNC110 (nothing says when another process lets go)
+        await asyncio.sleep(_POLL)
+    try:
         yield
+    finally:
+        os.close(claim)
 
 
 class Supervisor:
@@ -182,13 +181,13 @@ class Supervisor:
             ServiceSpec("orchestrator", "orchestrator", ["orchestrator", *root, "--port", str(orchestrator)]),
             ServiceSpec("manager", "manager", ["manager", address, *root, "--port", str(manager), *self._swarm_options()]),
         ]
-        threads = max(CPU_COUNT // max(settings.workers, 1), 1)
         for index, wished in enumerate(worker_ports(settings.workers)):
             port = self._picker.free(f"worker-{index + 1}", wished)
             name = f"worker-{index + 1}"
             cards = share(self._cards(), index, settings.workers)
-            options = ["--name", name, "--port", str(port), "--gpus", str(len(cards)), "--threads", str(threads)]
-            environ = {CARDS_ENV: "" if settings.pretend_gpus else ",".join(cards)}
+            options = ["--name", name, "--port", str(port), "--gpus", str(len(cards))]
+            options += ["--workers-here", str(settings.workers)]
+            environ = {CARDS_ENV: "" if settings.pretend_gpus else ",".join(cards)} if machine_cards() else {}
             specs.append(ServiceSpec(name, "worker", ["worker", address, *root, *options], environ=environ))
         if self._gateway is not None:
             descriptor = self._gateway.fileno()

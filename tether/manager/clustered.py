@@ -20,6 +20,7 @@ from tether.manager.entrance import Standing, entrance
 from tether.manager.operations import Operations
 from tether.manager.scrubbing import Scrubber
 from tether.manager.settings import ManagerSettings
+from tether.security.comms import dask_security
 from tether.security.identity import Identity
 from tether.security.tls import ensure_tls
 from tether.security.volatile import sweep
@@ -36,7 +37,7 @@ def run(settings: ManagerSettings) -> None:
 
     async def serve(life: Life) -> None:
         await asyncio.to_thread(sweep)  # of what a killed manager left in memory
-        folder, security = settings.data, Security(**ensure_tls(settings.data.tls, "manager").security())
+        folder, security = settings.data, dask_security(ensure_tls(settings.data.tls, "manager"))
         identity = Identity.load_or_create(folder.identity)
         with Repository.open(folder.store, own=identity.public) as repository:
             hops.sweep(folder.runtime)
@@ -49,10 +50,11 @@ def run(settings: ManagerSettings) -> None:
             collection = FollowerCollection(repository, lambda: server.rests)
             collection.start()
             try:
-                async with entrance(settings, operations, server.asking, _standing(server, life)):
+                async with entrance(settings, operations, server.asking, _standing(server, life, following)):
                     life.ready(address=server.address)
                     await until(life.ended(), following)
             finally:
+                await _ended(following)
                 await asyncio.to_thread(scrubber.stop)
                 await asyncio.to_thread(collection.stop)
                 await server.close()
@@ -62,11 +64,12 @@ def run(settings: ManagerSettings) -> None:
         run_service(serve)
 
 
-def _standing(server: ClusterServer, life: Life) -> Standing:
+def _standing(server: ClusterServer, life: Life, following: asyncio.Task[None]) -> Standing:
     return Standing(
         lambda: server.writes,
         server.offer,
         life.end,
+        hand_over=lambda: _ended(following),
         on_files=server.on_files,
         means=server.means,
         signal=server.signal,
@@ -92,12 +95,19 @@ async def _listen(server: ClusterServer, settings: ManagerSettings, security: Se
 
 
 async def until(ended: Coroutine[Any, Any, None], following: asyncio.Task[None]) -> None:
-    """Wait for the end. A follower that fails ends the process: the supervisor's next one tells the orchestrator again."""
+    """Wait for the end, up to which the lease is held: calls that are under way then are still answered for.
+
+    A follower that fails ends the process: the supervisor's next one tells the orchestrator again. Raises: why it failed.
+    """
     ending = asyncio.ensure_future(ended)
     await asyncio.wait([ending, following], return_when=asyncio.FIRST_COMPLETED)
-    failed = following.done()
-    for task in (ending, following):
-        task.cancel()
-    await asyncio.gather(ending, following, return_exceptions=True)
-    if failed:
+    ending.cancel()
+    await asyncio.gather(ending, return_exceptions=True)
+    if following.done():
         following.result()
+
+
+async def _ended(following: asyncio.Task[None]) -> None:
+    """Follow nobody, and give the lease back; a second call does nothing."""
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)

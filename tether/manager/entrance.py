@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -29,6 +29,10 @@ _PATIENCE: Final = 10.0
 """Seconds for them when nobody waits for the end: the manager grew too heavy, and another one takes its place."""
 
 
+async def _nothing_held() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What a manager is in its cluster; one without a cluster is all that there is."""
@@ -39,6 +43,8 @@ class Standing:
     """Told of the operations that there are besides."""
     end: Callable[[], None] = lambda: None
     """Asks the process to end: another one is to take its place."""
+    hand_over: Callable[[], Awaitable[None]] = _nothing_held
+    """Awaited at the end, when no call is made any more and before the lab leaves the swarm: another manager may write from here on."""
     on_files: list[Callable[[], None]] = field(default_factory=list)
     """To be called, in a thread, when small files beside the store may be others than before."""
     means: AskMeans | None = None
@@ -73,5 +79,6 @@ async def entrance(
         server.close()
         grace = _PATIENCE if peering.is_heavy else _GRACE
         await asyncio.gather(door.aclose(grace), peering.retire(grace))
+        await standing.hand_over()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

@@ -17,7 +17,7 @@ import structlog
 from tether.errors import ConfigError, DeadlineExceededError, InternalError, TetherError
 from tether.ports import Hop, HopReply, Undelivered
 from tether.wire.connection import Connection
-from tether.wire.frames import INLINE, WITHDRAWN, Head
+from tether.wire.frames import INLINE, LEAVING, WITHDRAWN, Head
 from tether.wire.oip import encode_error
 
 __all__ = ["HopLimits", "HopServer", "Infer", "sweep"]
@@ -27,6 +27,8 @@ Infer = Callable[[Hop], Awaitable[HopReply | Undelivered]]
 """Cancelled when nobody waits for the answer any more. What it raises of the tree is answered."""
 _Answering = asyncio.Task[HopReply | Undelivered]
 _BACKLOG: Final = 64
+_LOOK: Final = 0.02
+"""Seconds between looks at what is under way yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +74,38 @@ class HopServer:
         self._loop.add_reader(listener, self._accept, listener)
         return self.endpoint
 
+    async def retire(self, grace: float) -> None:
+        """Take no more hops: they were not sent. End when the gateways have the answers of those under way, or after `grace` seconds.
+
+        They end the connections, so that none of what they sent meanwhile passes for lost.
+        """
+        self._work.is_open = False
+        self._unlisten()
+        for line in list(self._lines):
+            line.take_leave()
+        try:
+            async with asyncio.timeout(grace):
+                while self._work.running or self._lines:  # noqa: ASYNC110 (they end one by one)
+                    await asyncio.sleep(_LOOK)
+        except TimeoutError:
+            pass
+        finally:
+            await self.aclose()
+
     async def aclose(self) -> None:
         """End the gateways' connections: their open hops are lost. A second call does nothing."""
+        self._unlisten()
+        running = list(self._work.running)
+        for line in list(self._lines):
+            line.close()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def _unlisten(self) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
             self._loop.remove_reader(listener)
             listener.close()
             self.endpoint.unlink(missing_ok=True)
-        running = list(self._work.running)
-        for line in list(self._lines):
-            line.close()
-        await asyncio.gather(*running, return_exceptions=True)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -109,11 +132,13 @@ class _Work:
     def __init__(self, infer: Infer, limits: HopLimits) -> None:
         self._infer, self._limits = infer, limits
         self._nbytes = 0
+        self.is_open = True
         self.running: set[_Answering] = set()
 
     def has_room(self, nbytes: int) -> bool:
         """Whether one more may begin, with a body of so many bytes."""
-        return len(self.running) < self._limits.most_open and (not self._nbytes or self._nbytes + nbytes <= self._limits.most_nbytes)
+        has_bytes = not self._nbytes or self._nbytes + nbytes <= self._limits.most_nbytes
+        return self.is_open and has_bytes and len(self.running) < self._limits.most_open
 
     def begin(self, hop: Hop) -> _Answering:
         """Ask; the result is what the gateway is answered."""
@@ -129,7 +154,7 @@ class _Work:
                 return await self._infer(hop)
         except TetherError as error:
             return _refusal(error)
-        except Exception as error:
+        except Exception as error:  # a bug: the gateway gets its answer, whatever happens here
             if isinstance(error, TimeoutError) and scope.expired():
                 return _refusal(DeadlineExceededError(f"the lab that lends this worker did not answer within {hop.timeout:g} s"))
             log.exception("a hop failed")
@@ -150,6 +175,10 @@ class _Line:
         self._due = self._closed = False
         self._loop.add_reader(connection.socket, self._guarded, self._receive)
 
+    def take_leave(self) -> None:
+        """The gateway is to end it when it has its answers."""
+        self._reply(0, HopReply(LEAVING, b""))
+
     def close(self) -> None:
         """End it; nobody waits for what is open."""
         if self._closed:
@@ -169,7 +198,7 @@ class _Line:
                 act()
         except OSError:
             self.close()
-        except Exception:
+        except Exception:  # whatever it was: the loop would call this again at once, for ever, and the other gateways wait
             log.exception("a gateway's connection broke")
             self.close()
 

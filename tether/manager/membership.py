@@ -278,5 +278,7 @@ class Membership:
 async def _first(event: asyncio.Event, other: asyncio.Future[Any] | None, timeout: float) -> None:  # noqa: ASYNC109 (nothing is raised)
     """Wait for one of them, or so long."""
     waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
-    await asyncio.wait([waiting, other] if other is not None else [waiting], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
+    try:
+        await asyncio.wait([waiting, other] if other is not None else [waiting], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()

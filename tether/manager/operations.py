@@ -54,6 +54,7 @@ class Operations:
         "set_alias",
         "delete_alias",
         "rollback",
+        "set_serving",
         "delete_version",
         "verify",
         "diff",
@@ -99,6 +100,7 @@ class Operations:
 
     def close(self) -> None:
         """Close what this opened; a second call does nothing. The repository is its owner's to close."""
+        self._publisher.threads.shutdown(wait=False)
         if "admission" in self.__dict__:
             self.access.file.close()
 
@@ -162,6 +164,10 @@ class Operations:
     async def rollback(self, name: str, alias: str | None) -> dict[str, Any]:
         change = await asyncio.to_thread(self._repository.rollback, name, alias)
         return {"alias": change.alias, "from": change.before, "to": change.after}
+
+    async def set_serving(self, name: str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+        said = await asyncio.to_thread(self._repository.set_serving, name, changes)
+        return {"name": name, "serving": msgspec.to_builtins(said)}
 
     async def delete_version(self, name: str, version: int) -> dict[str, Any]:
         await asyncio.to_thread(self._repository.delete_version, name, version)
@@ -278,7 +284,7 @@ class Operations:
             except StoreError:
                 continue
             versions[version.version] = (ModelVersion(record.name, version.version, version.digest), info)
-        return CatalogModel(record.name, record.default, record.aliases, versions)
+        return CatalogModel(record.name, record.default, record.aliases, versions, record.serving)
 
     def _resolve(self, name: str, version: int) -> VersionRecord:
         return self._repository.resolve(ModelRef.parse(f"{name}:{version}"))
@@ -303,6 +309,7 @@ class Operations:
             "publisher": record.publisher,
             "default": record.default,
             "aliases": record.aliases,
+            "serving": msgspec.to_builtins(record.serving),
             "versions": versions,
         }
 

@@ -180,7 +180,7 @@ class Publisher:
             if not runs_code:
                 await self._in_thread(_check_data, root / draft.entry, draft.framework)
             example, entry = root / EXAMPLE, root / draft.entry
-            limits = limits_for(entry)
+            limits = replace(limits_for(entry), network=runs_code and _may_call_out())
             found = await inspect_in_sandbox(
                 entry,
                 draft.framework,
@@ -307,6 +307,13 @@ def _placed(tensors: Sequence[StoredTensor], entry: str) -> list[StoredTensor]:
     folder = entry.rpartition("/")[0] if entry else ""
     prefix = f"{folder}/" if folder else ""
     return [msgspec.structs.replace(each, file=each.file if each.file == CONVERTED else prefix + each.file) for each in tensors]
+
+
+def _may_call_out() -> bool:
+    """Whether models that run code may, here as in a worker's runners."""
+    import dask.config  # 0.2 s, which a manager that publishes nothing need not wait for
+
+    return bool(dask.config.get("tether.runner.network", default=False))
 
 
 def _manifest(draft: Draft, arrays: list[ArrayEntry], info: ModelInfo) -> Manifest:

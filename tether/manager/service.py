@@ -42,6 +42,7 @@ __all__ = ["main"]
     show_default=True,
     help="Of blobs that one peer may send before a publish names them; a quarter of the free disk, where that is less.",
 )
+@click.option("--surplus", default=3600.0, envvar="TETHER_SURPLUS", hidden=True, help="Seconds until a copy that is one too many may go.")
 @click.option("--idle", default=60.0, hidden=True, help="Seconds without a client after which a manager that is alone ends.")
 def _command(data: str | None, no_swarm: bool, alone: bool, **options: Any) -> None:
     """Run the model manager: store, catalog, publishing. A second one, with a data folder of its own, follows the first and takes over."""

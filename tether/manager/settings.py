@@ -40,6 +40,8 @@ class ManagerSettings:
     max_staged_nbytes: int = 64 << 30
     """Of blobs that one peer may send before a publish names them: a model of thirty billion parameters, and what is left of a broken try.
     On small disks it is less (`peering/staged.py`)."""
+    surplus: float = 3600.0
+    """Seconds for which a copy has to be one too many before it is dropped (`peering/leaving.py`)."""
     idle: float = 60.0
     """Seconds without a client after which a manager that is alone ends."""
 

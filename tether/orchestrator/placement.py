@@ -22,6 +22,9 @@ class Candidate:
     """How many models it has or is loading."""
     lent: bool = False
     """It is another lab's."""
+    has_gpu: bool = False
+    roomy: bool = True
+    """It has room for the model without putting others out, and did not put any out lately."""
 
     @property
     def has(self) -> bool:
@@ -30,19 +33,21 @@ class Candidate:
 
 
 def place(candidates: Sequence[Candidate], copies: int) -> list[str]:
-    """The workers that should load the model now: emptiest first, until `copies` have it. Lent ones get what too few of the lab's can hold.
+    """The workers that should load the model now, until `copies` have it: those with a GPU first, of these the emptiest.
 
-    The first copy comes alone: loads at the same time share the machine's cores, and all who wait are waiting for one of them.
+    Lent ones get what too few of the lab's can hold. The first copy comes alone: loads at the same time share the machine's cores, and all
+    who wait are waiting for one of them. It may cost other models their place; another copy never does.
     """
     wanted = copies if any(candidate.loaded for candidate in candidates) else 1
     own = [candidate for candidate in candidates if not candidate.lent]
     lent = [candidate for candidate in candidates if candidate.lent]
     beyond = wanted - sum(candidate.has or candidate.able for candidate in own)
-    return _emptiest(own, wanted) + _emptiest(lent, beyond)
+    is_spare = any(candidate.has for candidate in candidates)
+    return _emptiest(own, wanted, is_spare=is_spare) + _emptiest(lent, beyond, is_spare=is_spare)
 
 
-def _emptiest(candidates: Sequence[Candidate], wanted: int) -> list[str]:
+def _emptiest(candidates: Sequence[Candidate], wanted: int, *, is_spare: bool) -> list[str]:
     missing = wanted - sum(candidate.has for candidate in candidates)
-    free = [candidate for candidate in candidates if candidate.able and not candidate.has]
-    free.sort(key=lambda candidate: (candidate.models, candidate.address))
+    free = [candidate for candidate in candidates if candidate.able and not candidate.has and (candidate.roomy or not is_spare)]
+    free.sort(key=lambda candidate: (not candidate.roomy, not candidate.has_gpu, candidate.models, candidate.address))
     return [candidate.address for candidate in free[: max(missing, 0)]]

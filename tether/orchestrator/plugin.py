@@ -1,8 +1,6 @@
 """Dask's side of the orchestrator; glue only: scheduler events in, instructions out.
 
-Handlers it adds to the scheduler: `tether_watch` (a gateway's stream of tables), `tether_want`, `tether_manager` (a manager's stream of
-claims to the writer's lease, and of the writer's catalogs and lent workers), `tether_table`, `tether_means` (what workers' heartbeats say
-of their cards and load).  Messages carry msgpack bytes of our own types, never pickles of them.
+The handlers that it adds to the scheduler are in the README. Messages carry msgpack bytes of our own types, never pickles of them.
 """
 
 from __future__ import annotations
@@ -10,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -24,6 +24,8 @@ from tether.events import (
     CatalogModel,
     Claim,
     Event,
+    Evicting,
+    InputCondemned,
     LentChanged,
     LentWorker,
     LoadCut,
@@ -31,15 +33,18 @@ from tether.events import (
     LoadFailed,
     ManagerLeft,
     ModelWanted,
+    QuarantineCleared,
     Tick,
     Unloaded,
+    VersionIsolated,
     WorkerJoined,
     WorkerLeft,
 )
 from tether.orchestrator.lease import Lease, Record
 from tether.orchestrator.memory import Memory
-from tether.orchestrator.state import ControlState, Instruction, Load, Push, Unload
-from tether.types import ModelVersion, WorkerId
+from tether.orchestrator.state import Configure, ControlState, Instruction, Isolate, Load, Push, Unload
+from tether.serving_settings import DEFAULTS
+from tether.types import ModelVersion, WorkerId, WorkerMemory
 
 __all__ = ["OrchestratorPlugin"]
 
@@ -47,6 +52,8 @@ log = structlog.get_logger("tether.orchestrator")
 Catalog = dict[str, CatalogModel]
 _TICK = 2.0
 """Seconds between looks for versions that may be tried again; only while there are some."""
+_TRIES = 5
+"""Connections that may fail before a worker that stays is left with settings of before."""
 
 
 class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed is untyped
@@ -66,6 +73,8 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking = False
+        self._configuring: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By worker's address: held while it is told of settings."""
         self._streams = itertools.count(1)
 
     async def start(self, scheduler: Scheduler) -> None:
@@ -73,16 +82,20 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         scheduler.handlers |= {
             "tether_watch": self._watch,
             "tether_want": self._want,
+            "tether_evicting": self._evicting,
+            "tether_quarantine": self._quarantine,
+            "tether_forgive": self._forgive,
             "tether_manager": self._follow_manager,
             "tether_table": self._table,
             "tether_means": self._means,
+            "tether_vitals": self._vitals,
         }
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """Not a coroutine: the scheduler awaits those before it answers the worker, which serves nothing until then."""
         state = scheduler.workers[worker]
         gpus = int(state.resources.get("GPU", 0))
-        self._handle(WorkerJoined(WorkerId(str(state.name)), worker, state.pid, gpus))
+        self._handle(WorkerJoined(WorkerId(str(state.name)), worker, state.pid, gpus, _memory(state.metrics.get("tether_memory"))))
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002 (Dask's signature)
         self._handle(WorkerLeft(worker))
@@ -104,6 +117,10 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
                 self._spawn(self._load(instruction))
             case Unload():
                 self._spawn(self._unload(instruction))
+            case Isolate():
+                self._spawn(self._isolate(instruction))
+            case Configure():
+                self._spawn(self._configure(instruction))
             case Push():
                 self._spawn(self._notify())
 
@@ -128,7 +145,7 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         try:
             answer = await self._asked(load)
             if "endpoint" in answer:
-                return Loaded(address, pid, model, answer["endpoint"])
+                return Loaded(address, pid, model, answer["endpoint"], _memory(answer.get("memory")))
             code, message = answer["error"]
         except OSError as error:
             log.warning("load cut off", worker=address, model=str(model), error=str(error))
@@ -144,7 +161,8 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         """What a worker answers to it; of a lent one, what the manager does that has the line to it."""
         verb, model = "load" if isinstance(what, Load) else "unload", msgspec.msgpack.encode(what.model)
         if what.manager is None:
-            answer = getattr(self._scheduler.rpc(what.address), f"tether_{verb}")(model=model)
+            more = {"serving": msgspec.msgpack.encode(what.serving)} if isinstance(what, Load) and what.serving != DEFAULTS else {}
+            answer = getattr(self._scheduler.rpc(what.address), f"tether_{verb}")(model=model, **more)
         else:
             asked = getattr(self._scheduler.rpc(what.manager), f"tether_lent_{verb}")
             answer = asked(worker=what.address, number=what.pid, model=model)
@@ -152,13 +170,39 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
 
     async def _unload(self, unload: Unload) -> None:
         try:
-            await self._asked(unload)
+            answer = await self._asked(unload)
         except OSError:  # the worker, or the line to a lent one, went away; that is told by itself
             return
         except Exception:
             log.exception("unload failed", worker=unload.address, model=str(unload.model))
             return
-        self._handle(Unloaded(unload.address, unload.pid, unload.model))
+        self._handle(Unloaded(unload.address, unload.pid, unload.model, _memory(answer.get("memory"))))
+
+    async def _isolate(self, isolate: Isolate) -> None:
+        try:
+            await self._scheduler.rpc(isolate.address).tether_isolate(model=msgspec.msgpack.encode(isolate.model))
+        except OSError:  # the worker went away; that is told by itself
+            return
+        except Exception:
+            log.exception("isolating failed", worker=isolate.address, model=str(isolate.model))
+
+    async def _configure(self, told: Configure) -> None:
+        """One after the other for each worker: what was said last is to be in force. A process that is gone needs to know nothing."""
+        async with self._configuring[told.address]:
+            for _ in range(_TRIES):
+                worker = self._scheduler.workers.get(told.address)
+                if worker is None or worker.pid != told.pid:
+                    return
+                try:
+                    model, serving = msgspec.msgpack.encode(told.model), msgspec.msgpack.encode(told.serving)
+                    await self._scheduler.rpc(told.address).tether_configure(model=model, serving=serving)
+                    return
+                except OSError as error:
+                    log.warning("serving settings did not arrive", worker=told.address, model=str(told.model), error=str(error))
+                    await asyncio.sleep(_TICK)
+                except Exception:
+                    log.exception("serving settings were not taken", worker=told.address, model=str(told.model))
+                    return
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -173,6 +217,10 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         versions = (version for model in self._state.table.models.values() for version in model.versions.values())
         loaded = {version.model.digest for version in versions if any(route.slots is None for route in version.routes)}
         return {"workers": workers, "loaded": sorted(loaded)}
+
+    async def _vitals(self) -> dict[str, Any]:
+        """By worker, what it uses of its machine and what its models did, as its last heartbeat told."""
+        return {str(worker.name): _vitals_of(worker.metrics) for worker in self._scheduler.workers.values()}
 
     async def _watch(self, comm: Comm) -> Status:
         """Send the table now and after every change until the gateway goes away.
@@ -201,6 +249,24 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         entry = self._state.table.models.get(wanted.name)
         found = entry.versions.get(wanted.version) if entry else None
         return {"state": found.state if found else "unloaded", "reason": found.reason if found else ""}
+
+    async def _evicting(self, address: str, pid: int, model: bytes, endpoint: str, memory: bytes) -> dict[str, Any]:
+        """A worker is about to free a version: when this is answered gateways are being told."""
+        version, left = msgspec.msgpack.decode(model, type=ModelVersion), msgspec.msgpack.decode(memory, type=WorkerMemory)
+        self._handle(Evicting(address, pid, version, endpoint, left))
+        return {}
+
+    async def _quarantine(self, model: bytes, mark: str | None) -> dict[str, Any]:
+        """A gateway found out that an input ends whatever runs it, or (None) that one of the version's may."""
+        found = msgspec.msgpack.decode(model, type=ModelVersion)
+        log.warning("version isolated" if mark is None else "input condemned", model=str(found), mark=mark)
+        self._handle(VersionIsolated(found) if mark is None else InputCondemned(found, mark))
+        return {}
+
+    async def _forgive(self, model: str) -> dict[str, Any]:
+        log.info("quarantine cleared", model=model)
+        self._handle(QuarantineCleared(model))
+        return {}
 
     async def _follow_manager(self, comm: Comm, claim: bytes, **first: Any) -> Status:
         """Answer a manager's claims, and take in the catalog and the lent workers of the one that writes, until it goes away."""
@@ -259,6 +325,17 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         self._note_lease(before)
         if self._told[0] == connection:
             self._handle(ManagerLeft(self._told[2]))
+
+
+def _memory(told: Any) -> WorkerMemory | None:
+    """Of an answer, or of a heartbeat; None: it does not say."""
+    if told is None:
+        return None
+    return msgspec.msgpack.decode(told, type=WorkerMemory) if isinstance(told, bytes) else msgspec.convert(told, WorkerMemory)
+
+
+def _vitals_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {**metrics.get("tether_vitals", {}), **metrics.get("tether_memory", {}), "models": metrics.get("tether", {})}
 
 
 def _boot_clock() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from msgspec import structs
@@ -11,7 +12,8 @@ from tether.events import LentWorker
 from tether.orchestrator.placement import Candidate
 from tether.routing.table import Route, WorkerEntry
 from tether.security.scopes import Scope
-from tether.types import ModelVersion, WorkerId
+from tether.serving_settings import ServingSettings
+from tether.types import ModelVersion, WorkerId, WorkerMemory
 
 __all__ = ["RETRY_AFTER", "KnownWorker", "lent_worker"]
 
@@ -19,6 +21,10 @@ RETRY_AFTER = 5.0
 """Seconds before a worker that failed to load a version is asked again: a wrong file stays wrong, a full memory may empty."""
 RETRY_AT_MOST = 60.0
 """Each further failure doubles the wait up to this, so that a file that stays wrong costs an idle cluster little; a request begins anew."""
+
+
+PRESSED = 60.0
+"""Seconds after an eviction in which a worker gets no further copies: what is free there is needed, and they would be the next to go."""
 
 
 @dataclass(slots=True)
@@ -47,8 +53,17 @@ class KnownWorker:
     loaded: dict[ModelVersion, str] = field(default_factory=dict)
     """Version → endpoint."""
     loading: set[ModelVersion] = field(default_factory=set)
+    serving: dict[ModelVersion, ServingSettings] = field(default_factory=dict)
+    """How it was told to serve what it has, or loads."""
     failed: dict[ModelVersion, _Failure] = field(default_factory=dict)
     """Not to be asked again at once."""
+    memory: WorkerMemory | None = None
+    evicted_at: float = -math.inf
+    """When it put a model out last."""
+    rested: set[ModelVersion] = field(default_factory=set)
+    """What it put out since nobody had asked for it: it gets that again when it is asked for, not as a further copy."""
+    withdrawn: dict[ModelVersion, str] = field(default_factory=dict)
+    """Endpoints of loads that it put out before their answer came."""
 
     def runs(self, model: ModelVersion) -> bool:
         """Whether it may be asked for the version at all: a lab lends its workers for the models that it says, and of this lab's own."""
@@ -62,20 +77,49 @@ class KnownWorker:
 
     def fail(self, model: ModelVersion, now: float, reason: str = "") -> None:
         """It could not load the version; without a reason, it was cut off."""
+        self.withdrawn.pop(model, None)
         before = self.failed.get(model)
         self.loading.discard(model)
         self.failed[model] = _Failure(now, min(before.tries + 1, 10) if before else 1, reason)
 
-    def candidate(self, model: ModelVersion, now: float) -> Candidate:
-        """As placement sees it."""
+    def evicts(self, model: ModelVersion, endpoint: str, now: float, *, may_rest: bool) -> None:
+        """It frees what it loaded there: for room, or (`may_rest`) perhaps since nobody asked for it so long."""
+        if may_rest:
+            self.rested.add(model)
+        else:
+            self.evicted_at = now
+        if self.loaded.get(model) == endpoint:
+            del self.loaded[model]
+        elif model in self.loading:
+            self.withdrawn[model] = endpoint
+
+    def has_loaded(self, model: ModelVersion, endpoint: str) -> None:
+        """It answers there, if it has not put it out meanwhile."""
+        self.loading.discard(model)
+        self.failed.pop(model, None)
+        if self.withdrawn.pop(model, None) != endpoint:
+            self.loaded[model] = endpoint
+
+    def nbytes(self, model: ModelVersion) -> int:
+        """That it takes there; 0: it is not known."""
+        return self.memory.models.get(str(model), 0) if self.memory is not None else 0
+
+    def _is_roomy(self, nbytes: int, now: float) -> bool:
+        free = self.memory.free if self.memory is not None else None
+        return now - self.evicted_at >= PRESSED and (free is None or free >= nbytes)
+
+    def candidate(self, model: ModelVersion, now: float, nbytes: int = 0) -> Candidate:
+        """As placement sees it. `nbytes`: that the model takes elsewhere; 0: it is not known."""
         failure = self.failed.get(model)
         return Candidate(
             self.address,
             loaded=model in self.loaded,
             loading=model in self.loading,
-            able=failure is None or failure.over(now),
+            able=(failure is None or failure.over(now)) and model not in self.rested,
             models=len(self.loaded) + len(self.loading),
             lent=self.lent is not None,
+            has_gpu=self.gpus > 0,
+            roomy=self._is_roomy(nbytes, now),
         )
 
     def route(self, model: ModelVersion) -> Route:
@@ -86,14 +130,15 @@ class KnownWorker:
         """As gateways and people see it."""
         entry = WorkerEntry(self.id, self.address, self.pid, "running", self.since, self.gpus, tuple(sorted(map(str, self.loaded))))
         if self.lent is None:
-            return entry
+            return structs.replace(entry, memory=self.memory)
         lab = self.lent.peer
         return structs.replace(entry, address=f"swarm://{lab}", transport="swarm", slots=self.lent.slots, peer=lab)
 
 
 def lent_worker(lent: LentWorker, known: KnownWorker | None, now: float) -> KnownWorker:
-    """What is known of it now; `known`: of its id, until now. Only the same registration has what was loaded."""
+    """What is known of it now; `known`: of its id, until now. Only the same registration has what was loaded, but for what is closed."""
     if known is None or known.pid != lent.number:
         known = KnownWorker(lent.id, lent.id, lent.number, lent.gpus, now)
     known.gpus, known.lent = lent.gpus, lent
+    known.loaded = {model: endpoint for model, endpoint in known.loaded.items() if endpoint not in lent.closed}
     return known

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 import dask.config
-from distributed import Scheduler, Security
+from distributed import Scheduler
 
 from tether.config import HOUSEKEEPING, ORCHESTRATOR_PORT, DataFolder
 from tether.orchestrator.preload import dask_setup
+from tether.security.comms import dask_security
 from tether.security.tls import ensure_tls
 from tether.telemetry.service import Life, run_service
 
@@ -31,7 +32,7 @@ class _Scheduler(Scheduler):  # type: ignore[misc]  # distributed is untyped
 def _command(data: str | None, host: str, port: int) -> None:
     """Run the orchestrator: registry, placement, routing table."""
     folder = DataFolder.locate(data).create()
-    security = Security(**ensure_tls(folder.tls, "orchestrator").security())
+    security = dask_security(ensure_tls(folder.tls, "orchestrator"))
 
     async def serve(life: Life) -> None:
         async with _Scheduler(host=host, port=port, protocol="tls", security=security, dashboard=False) as scheduler:

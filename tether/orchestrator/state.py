@@ -7,30 +7,42 @@ from typing import assert_never
 
 from msgspec import structs
 
+from tether.errors import MemoryFullError, NoDeviceError
 from tether.events import (
     CatalogChanged,
     CatalogModel,
     Event,
+    Evicting,
+    InputCondemned,
     LentChanged,
     LoadCut,
     Loaded,
     LoadFailed,
     ManagerLeft,
     ModelWanted,
+    QuarantineCleared,
     Tick,
     Unloaded,
+    VersionIsolated,
     WorkerJoined,
     WorkerLeft,
 )
+from tether.orchestrator.isolation import Isolation
 from tether.orchestrator.placement import Candidate, place
 from tether.orchestrator.registry import KnownWorker, lent_worker
 from tether.routing.table import ModelEntry, State, Table, VersionEntry, WorkerEntry
+from tether.serving_settings import DEFAULTS, ServingSettings
 from tether.types import ModelInfo, ModelVersion, WorkerId
 
-__all__ = ["ControlState", "Instruction", "Load", "Push", "Unload"]
+__all__ = ["Configure", "ControlState", "Instruction", "Isolate", "Load", "Push", "Unload"]
 
 FORGET_AFTER = 3600.0
 """Seconds that a lost worker stays in the table, for people to see."""
+_NOWHERE = {
+    "gpu": "{0} is to run on a GPU and no worker has one: start one (`tether worker --gpus 1`), or `tether serving {0.name} --device any`",
+    "cpu": "{0} is to run without a GPU and all workers have one: start one without, or `tether serving {0.name} --device any`",
+}
+"""Why what may run on some workers only runs nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,8 @@ class Load:
     model: ModelVersion
     manager: str | None = None
     """Of a lent worker: the address of the manager that has the line to it."""
+    serving: ServingSettings = DEFAULTS
+    """A lent worker is not told: how it serves is its lab's matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +70,31 @@ class Unload:
 
 
 @dataclass(frozen=True, slots=True)
+class Isolate:
+    """Tell a worker of the lab to run the version in a process of its own, from now until it is unloaded. Nothing comes of it."""
+
+    address: str
+    model: ModelVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """Tell a worker of the lab to serve a version that it has like this from now on. It is told in the order in which this is said."""
+
+    address: str
+    pid: int
+    model: ModelVersion
+    serving: ServingSettings
+
+
+@dataclass(frozen=True, slots=True)
 class Push:
     """Send the table to every gateway."""
 
     table: Table
 
 
-Instruction = Load | Unload | Push
+Instruction = Load | Unload | Configure | Isolate | Push
 
 
 class ControlState:
@@ -82,6 +114,9 @@ class ControlState:
         self._term = 0
         self._wanted: set[ModelVersion] = set()
         self._reasons: dict[ModelVersion, str] = {}
+        self._short: dict[ModelVersion, str] = {}
+        """What no room was found for when it was asked for last, and why."""
+        self._isolation = Isolation()
         self._seq = 0
         self.table = Table()
 
@@ -89,7 +124,9 @@ class ControlState:
         """Take one event in; what is to be done about it, in order. `now` in seconds of one monotonic-per-run clock (Unix time)."""
         self._apply(event, now)
         self._lost = {name: entry for name, entry in self._lost.items() if now - entry.since < FORGET_AFTER}
-        instructions = [*self._collect(), *self._place(now)]
+        if self._isolation:
+            self._isolation.settle(self._published(), now)
+        instructions = [*self._collect(), *self._place(now), *self._configure(), *self._isolate()]
         table = self._make_table()
         if table is not None:
             instructions.append(Push(table))
@@ -107,8 +144,8 @@ class ControlState:
 
     def _apply(self, event: Event, now: float) -> None:
         match event:
-            case WorkerJoined(worker, address, pid, gpus):
-                self._join(KnownWorker(worker, address, pid, gpus, now))
+            case WorkerJoined(worker, address, pid, gpus, memory):
+                self._join(KnownWorker(worker, address, pid, gpus, now, memory=memory))
             case WorkerLeft(address):
                 self._remove(address, now)
             case CatalogChanged():
@@ -119,8 +156,10 @@ class ControlState:
                 self._end_stream(stream)
             case ModelWanted(model):
                 self._want(model)
-            case Loaded() | LoadFailed() | LoadCut() | Unloaded():
+            case Loaded() | LoadFailed() | LoadCut() | Unloaded() | Evicting():
                 self._answered(event, now)
+            case VersionIsolated() | InputCondemned() | QuarantineCleared():
+                self._isolation.take(event, now)
             case Tick():
                 pass  # placing, which follows each event, looks at the time
             case _:
@@ -136,6 +175,7 @@ class ControlState:
         published = self._published()
         self._wanted &= published
         self._reasons = {model: reason for model, reason in self._reasons.items() if model in published}
+        self._short = {model: reason for model, reason in self._short.items() if model in published}
         for worker in self._workers.values():
             worker.failed = {model: failure for model, failure in worker.failed.items() if model in published}
 
@@ -169,6 +209,7 @@ class ControlState:
             return
         self._wanted.add(model)
         for worker in self._workers.values():
+            worker.rested.discard(model)
             if failure := worker.failed.get(model):
                 failure.tries = 1
 
@@ -177,16 +218,21 @@ class ControlState:
         if worker is not None:
             self._lost[worker.id] = WorkerEntry(worker.id, address, worker.pid, "lost", now, worker.gpus)
 
-    def _answered(self, event: Loaded | LoadFailed | LoadCut | Unloaded, now: float) -> None:
+    def _answered(self, event: Loaded | LoadFailed | LoadCut | Unloaded | Evicting, now: float) -> None:
         worker, model = self._workers.get(event.address), event.model
         if worker is None or worker.pid != event.pid:  # a late answer of the process that had this address before
             return
         match event:
             case Loaded():
-                worker.loading.discard(model)
-                worker.failed.pop(model, None)
-                worker.loaded[model] = event.endpoint
+                worker.memory = event.memory or worker.memory
+                worker.has_loaded(model, event.endpoint)
                 self._reasons.pop(model, None)
+                self._short.pop(model, None)
+                self._forget_unheld(model)
+            case LoadFailed() if event.code == MemoryFullError.code:
+                worker.loading.discard(model)
+                self._short[model] = f"{event.code}: {event.message}"
+                self._forget_unheld(model)
             case LoadFailed():
                 reason = f"{event.code}: {event.message}"
                 worker.fail(model, now, reason)
@@ -196,15 +242,25 @@ class ControlState:
                 worker.fail(model, now)
             case Unloaded():
                 worker.loaded.pop(model, None)
+                worker.memory = event.memory or worker.memory
+            case Evicting():
+                worker.memory = event.memory
+                worker.evicts(model, event.endpoint, now, may_rest=self._serving(model).keep_alive is not None)
+                self._forget_unheld(model)
+
+    def _forget_unheld(self, model: ModelVersion) -> None:
+        """What is in no memory, for want of room, is wanted again when it is asked for and not before: else it would put others out."""
+        if not any(model in worker.loaded or model in worker.loading for worker in self._workers.values()):
+            self._wanted.discard(model)
 
     def _collect(self) -> list[Instruction]:
-        """What is in memory and no longer published."""
+        """What is in memory and no longer published, or not where it is to run."""
         published = self._published() if self._manager is not None else None
         if published is None:
             return []
         gone: list[Instruction] = []
         for worker in self._workers.values():
-            for model in [model for model in worker.loaded if model not in published]:
+            for model in [model for model in worker.loaded if model not in published or not self._may_run(worker, model)]:
                 del worker.loaded[model]
                 gone.append(Unload(worker.address, worker.pid, model, self._line(worker)))
         return gone
@@ -215,8 +271,27 @@ class ControlState:
             for address in place(self._candidates(model, now), self._copies):
                 worker = self._workers[address]
                 worker.loading.add(model)
-                loads.append(Load(address, worker.pid, model, self._line(worker)))
+                worker.serving[model] = self._serving(model)
+                loads.append(Load(address, worker.pid, model, self._line(worker), worker.serving[model]))
         return loads
+
+    def _configure(self) -> list[Instruction]:
+        """What workers have in memory and serve as was said before. One that is loading is told when it has loaded."""
+        told: list[Instruction] = []
+        for worker in self._workers.values():
+            for model in worker.loaded if worker.lent is None else ():
+                wanted = self._serving(model)
+                if worker.serving.get(model, DEFAULTS) != wanted:
+                    worker.serving[model] = wanted
+                    told.append(Configure(worker.address, worker.pid, model, wanted))
+        return told
+
+    def _serving(self, model: ModelVersion) -> ServingSettings:
+        entry = self._catalog.get(model.name)
+        return DEFAULTS if entry is None else entry.serving
+
+    def _isolate(self) -> list[Instruction]:
+        return [Isolate(worker.address, model) for worker, model in self._isolation.moves(self._workers.values())]
 
     def _is_held(self, model: ModelVersion) -> bool:
         """Whether the lab's own workers have all copies: nothing is to be placed then, which is mostly so."""
@@ -226,7 +301,11 @@ class ControlState:
         return self._manager if worker.lent is not None else None
 
     def _candidates(self, model: ModelVersion, now: float) -> list[Candidate]:
-        return [worker.candidate(model, now) for worker in self._workers.values() if worker.runs(model)]
+        nbytes = max((worker.nbytes(model) for worker in self._workers.values()), default=0)
+        return [worker.candidate(model, now, nbytes) for worker in self._workers.values() if self._may_run(worker, model)]
+
+    def _may_run(self, worker: KnownWorker, model: ModelVersion) -> bool:
+        return worker.runs(model) and self._serving(model).may_run_with(worker.gpus)
 
     def _make_table(self) -> Table | None:
         """The new table, or None when nothing in it changed."""
@@ -244,7 +323,8 @@ class ControlState:
 
     def _entry(self, entry: CatalogModel) -> ModelEntry:
         versions = {number: self._version(model, info) for number, (model, info) in entry.versions.items()}
-        return ModelEntry(entry.name, entry.default, versions, entry.aliases)
+        versions = {number: self._isolation.entry(version) for number, version in versions.items()}
+        return ModelEntry(entry.name, entry.default, versions, entry.aliases, entry.serving)
 
     def _version(self, model: ModelVersion, info: ModelInfo) -> VersionEntry:
         workers = self._workers.values()
@@ -256,11 +336,14 @@ class ControlState:
             state = "loading"
         elif reason := self._reason(model):
             return VersionEntry(model, info, "failed", (), reason)
-        return VersionEntry(model, info, state, routes)
+        return VersionEntry(model, info, state, routes, "" if routes else self._short.get(model, ""))
 
     def _reason(self, model: ModelVersion) -> str:
         """Why requests are refused. What lent workers say counts where the lab has no worker of its own, nor one that may come back."""
         workers = self._workers.values()
+        serving, gpus = self._serving(model), [*(worker.gpus for worker in workers), *(lost.gpus for lost in self._lost.values())]
+        if gpus and not any(map(serving.may_run_with, gpus)):  # else one can, or may come back
+            return f"{NoDeviceError.code}: {_NOWHERE[serving.device].format(model)}"
         if model in self._reasons or model not in self._wanted or self._lost or any(worker.lent is None for worker in workers):
             return self._reasons.get(model, "")
         asked = [worker for worker in workers if worker.runs(model)] or workers

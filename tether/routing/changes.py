@@ -23,6 +23,9 @@ class Facts:
     aliases: Mapping[tuple[str, str], int]
     """Model and alias → number."""
     workers: frozenset[str]
+    isolated: frozenset[tuple[str, int]] = frozenset()
+    poison: frozenset[tuple[str, int, str]] = frozenset()
+    """Model, number, mark of an input."""
 
     @classmethod
     def of(cls, table: Table) -> Facts:
@@ -31,6 +34,8 @@ class Facts:
             {(model.name, number): (each.state, each.reason) for model in models for number, each in model.versions.items()},
             {(model.name, alias): number for model in models for alias, number in model.aliases.items()},
             frozenset(worker.id for worker in table.workers.values() if worker.state == "running"),
+            frozenset((model.name, number) for model in models for number, each in model.versions.items() if each.is_isolated),
+            frozenset((model.name, number, mark) for model in models for number, each in model.versions.items() for mark in each.poison),
         )
 
 
@@ -45,7 +50,13 @@ class Contacts:
 
 def changes(before: Facts, after: Facts, seq: int, at: float) -> list[LabEvent]:
     """What happened, in an order in which it makes sense; `seq` of the last event before, `at` in Unix seconds."""
-    happened = [*_versions(before, after), *_aliases(before, after), *_states(before, after), *_workers(before, after)]
+    happened = [
+        *_versions(before, after),
+        *_aliases(before, after),
+        *_states(before, after),
+        *_held(before, after),
+        *_workers(before, after),
+    ]
     return _numbered(happened, seq, at)
 
 
@@ -85,6 +96,14 @@ def _states(before: Facts, after: Facts) -> Iterator[dict[str, Any]]:
     for model, number in _different(known, after.versions):
         state, reason = after.versions[model, number]
         yield {"kind": _STATES[state], "model": model, "version": number, "reason": reason or None}
+
+
+def _held(before: Facts, after: Facts) -> Iterator[dict[str, Any]]:
+    """What is over by itself is not told."""
+    for model, number in sorted(after.isolated - before.isolated):
+        yield {"kind": Kind.ISOLATED, "model": model, "version": number}
+    for model, number, mark in sorted(after.poison - before.poison):
+        yield {"kind": Kind.CONDEMNED, "model": model, "version": number, "reason": mark}
 
 
 def _workers(before: Facts, after: Facts) -> Iterator[dict[str, Any]]:

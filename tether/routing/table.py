@@ -8,7 +8,8 @@ import msgspec
 
 from tether.errors import UnknownModelError, UnknownVersionError
 from tether.ports import Endpoint
-from tether.types import ModelInfo, ModelVersion, WorkerId
+from tether.serving_settings import DEFAULTS, ServingSettings
+from tether.types import ModelInfo, ModelVersion, WorkerId, WorkerMemory
 
 __all__ = ["ModelEntry", "Route", "State", "Table", "VersionEntry", "WorkerEntry"]
 
@@ -34,7 +35,11 @@ class VersionEntry(msgspec.Struct, frozen=True):
     routes: tuple[Route, ...] = ()
     """Those to lent workers last."""
     reason: str = ""
-    """Why it is not loaded, where a load failed."""
+    """Why it is not loaded, where a load failed or waits for room."""
+    poison: dict[str, float] = {}
+    """Marks of inputs that are not run (`quarantine.py`) → until when, Unix time."""
+    is_isolated: bool = False
+    """Whether it runs in a process of its own on every worker, since it may be what ended some."""
 
 
 class ModelEntry(msgspec.Struct, frozen=True):
@@ -45,6 +50,7 @@ class ModelEntry(msgspec.Struct, frozen=True):
     """What a name without a version means: `@prod` where that alias exists, else `@latest`."""
     versions: dict[int, VersionEntry]
     aliases: dict[str, int]
+    serving: ServingSettings = DEFAULTS
 
 
 class WorkerEntry(msgspec.Struct, frozen=True):
@@ -67,6 +73,8 @@ class WorkerEntry(msgspec.Struct, frozen=True):
     """Of a lent worker: requests that it takes at a time."""
     peer: str | None = None
     """Of a lent worker: the public key of its lab, hex."""
+    memory: WorkerMemory | None = None
+    """What its models take, as it was when one of them came or went last. None: it did not say."""
 
 
 class Table(msgspec.Struct, frozen=True):

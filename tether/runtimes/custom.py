@@ -1,4 +1,7 @@
-"""Custom models: a Python class with `load(path)` and `predict(**inputs)`, published with its source."""
+"""Custom models: a Python class with `load(path)` and `predict(**inputs)`, published with its source.
+
+Or `generate(**inputs)`, which yields what it answers part by part, as a `predict` with `yield` does.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib.util
 import inspect as inspection
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -16,6 +19,7 @@ import numpy as np
 
 from tether.errors import BadInputError, BadModelError, MissingDependencyError, ModelFailedError
 from tether.runtimes import tensors
+from tether.runtimes.generating import each_part, joined, streaming_method
 from tether.runtimes.requirements import check_installed, found_requirements
 from tether.runtimes.signatures import Signature, named
 from tether.types import DATATYPES, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec, datatype_of
@@ -56,8 +60,11 @@ class CustomRuntime:
             together = _flag(cls, "batched", default=bool(outputs) and tensors.batched(inputs, outputs))
             if hints is not None and hints.batched is not None:
                 together = hints.batched
-            pure = _flag(cls, "pure", default=False)
-            return ModelInfo("custom", "custom", inputs, outputs, batched=together, pure=pure, code=True, requirements=requirements)
+            pure, streams = _flag(cls, "pure", default=False), streaming_method(cls) is not None
+            together &= not streams  # how many rows a part has is up to the model
+            return ModelInfo(
+                "custom", "custom", inputs, outputs, batched=together, pure=pure, code=True, requirements=requirements, streams=streams
+            )
         finally:
             _forget(module, path)
 
@@ -79,16 +86,42 @@ class CustomModel:
         self._path = path
         self._module: ModuleType | None = _import(path)
         cls = _model_class(self._module)
+        self._streaming = streaming_method(cls)
+        self._predicts = self._streaming != "predict" and callable(getattr(cls, "predict", None))
         with tensors.failures(f"{cls.__name__}.load failed", BadModelError):
             self._model: Any = cls()
             if hasattr(self._model, "load"):
                 self._model.load(path)
 
     def run(self, inputs: Tensors) -> Tensors:
-        """Raises: ModelFailedError: `predict` raised, or answered something else than it declares."""
+        """Of a class that answers in parts only, all of them, joined.
+
+        Raises: ModelFailedError: `predict` raised, or answered something else than it declares.
+        """
+        if not self._predicts:
+            return joined(self.stream(inputs), self.info.outputs)
         with tensors.failures(f"{type(self._model).__name__}.predict failed"):
-            answer = self._model.predict(**inputs)
-            return tensors.conform(_by_name(answer, [spec.name for spec in self.info.outputs]), self.info.outputs)
+            return self._conformed(self._model.predict(**inputs))
+
+    def stream(self, inputs: Tensors) -> Generator[Tensors]:
+        """As `ports.Streaming.stream`. Raises: ModelFailedError: as `run`."""
+        failures = tensors.failures(f"{type(self._model).__name__}.{self._streaming} failed")
+        with failures:
+            parts = each_part(getattr(self._model, str(self._streaming))(**inputs))
+        try:
+            while True:
+                with failures:
+                    try:
+                        part = self._conformed(next(parts))
+                    except StopIteration:
+                        return
+                yield part
+        finally:
+            with failures:
+                getattr(parts, "close", lambda: None)()
+
+    def _conformed(self, answer: Any) -> Tensors:
+        return tensors.conform(_by_name(answer, [spec.name for spec in self.info.outputs]), self.info.outputs)
 
     def interrupt(self) -> None:
         """Nothing: it runs in a runner, which is ended as a whole."""
@@ -143,15 +176,18 @@ def _forget(module: ModuleType, path: Path) -> None:
 
 
 def _model_class(module: ModuleType) -> type:
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and value.__module__ == module.__name__ and callable(getattr(value, "predict", None))
-    ]
+    """The one that predicts; else the one that generates: a class that predicts may have helpers that generate."""
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    found = _having("predict", own) or _having("generate", own)
     if len(found) != 1:
         names = ", ".join(cls.__name__ for cls in found) or "none"
-        raise BadModelError(f"model.py has to define exactly one class with a method predict(**inputs); it has {names}")
+        wanted = "a method predict(**inputs) or generate(**inputs)"
+        raise BadModelError(f"model.py has to define exactly one class with {wanted}; it has {names}")
     return found[0]
+
+
+def _having(method: str, classes: Sequence[type]) -> list[type]:
+    return [cls for cls in classes if callable(getattr(cls, method, None))]
 
 
 def _declared(cls: type, hints: Signature | None) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -169,8 +205,9 @@ def _declared(cls: type, hints: Signature | None) -> tuple[tuple[TensorSpec, ...
 
 
 def _parameters(cls: type) -> list[str]:
-    """The names that `predict` takes; none where it is `**inputs`."""
-    parameters = list(inspection.signature(cls.predict).parameters.values())[1:]  # type: ignore[attr-defined]  # checked by _model_class
+    """The names that `predict` or `generate` takes; none where it is `**inputs`."""
+    method = getattr(cls, "predict", None) or getattr(cls, "generate")  # noqa: B009 (one of them is there: `_model_class`)
+    parameters = list(inspection.signature(method).parameters.values())[1:]
     named_ones = {inspection.Parameter.POSITIONAL_OR_KEYWORD, inspection.Parameter.KEYWORD_ONLY}
     return [parameter.name for parameter in parameters if parameter.kind in named_ones]
 

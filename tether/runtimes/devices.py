@@ -11,13 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tether.config import CARDS_ENV, has_cards
 from tether.errors import ConfigError
 
 __all__ = [
-    "CARDS_ENV",
     "Provider",
     "check_providers",
-    "has_cards",
     "hide_cards",
     "onnx_providers",
     "torch_compiler",
@@ -25,8 +24,6 @@ __all__ = [
     "use_torch_compiler",
 ]
 
-CARDS_ENV = "CUDA_VISIBLE_DEVICES"
-"""Read by every library that drives NVIDIA's cards. Empty: none."""
 _PROVIDERS_ENV = "TETHER_ONNX_PROVIDERS"
 _COMPILER_ENV = "TETHER_TORCH_COMPILE"
 _CARDS = "CUDAExecutionProvider"
@@ -34,11 +31,6 @@ _CPU = "CPUExecutionProvider"
 
 Provider = tuple[str, dict[str, str]]
 """Of ONNX Runtime: its name, and its options."""
-
-
-def has_cards() -> bool:
-    """Whether this process may use graphics cards, if the machine has some."""
-    return os.environ.get(CARDS_ENV, "all").strip() not in {"", "-1"}
 
 
 def hide_cards() -> None:

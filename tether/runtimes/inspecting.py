@@ -13,7 +13,9 @@ import msgspec
 import numpy as np
 
 from tether.errors import BadInputError, BadModelError, ModelFailedError
+from tether.ports import Streaming
 from tether.runtimes import recognise
+from tether.runtimes.generating import first_parts
 from tether.runtimes.signatures import (
     Signature,
     check_answer,
@@ -157,11 +159,13 @@ def _self_test(runtime: Runtime, path: Path, given: Tensors, hints: Signature | 
     inputs = fit(given, info.inputs)
     model = runtime.load(path, info)
     try:
-        outputs = model.run(inputs)
+        outputs = first_parts(model.stream(inputs)) if info.streams and isinstance(model, Streaming) else model.run(inputs)
         check_answer(outputs)
         if info.outputs:
             return refine(info, inputs, outputs), inputs, outputs
         info = msgspec.structs.replace(info, outputs=example_specs(outputs))
+        if info.streams:
+            return msgspec.structs.replace(info, outputs=_any_rows(info.outputs)), inputs, outputs
         return info if hints else _probe_rows(model, info, inputs), inputs, outputs
     finally:
         model.close()

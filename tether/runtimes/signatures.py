@@ -130,7 +130,7 @@ def refine(info: ModelInfo, inputs: Tensors, outputs: Tensors) -> ModelInfo:
         inputs=tuple(_open(spec, inputs[spec.name].shape) for spec in info.inputs),
         outputs=tuple(_open(spec, outputs[spec.name].shape) for spec in info.outputs),
     )
-    if opened == info or info.batched:
+    if opened == info or info.batched or info.streams:
         return opened
     return msgspec.structs.replace(opened, batched=tensors.batched(opened.inputs, opened.outputs))
 

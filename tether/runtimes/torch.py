@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import structlog
 
+from tether.config import has_cards
 from tether.errors import BadInputError, BadModelError
 from tether.runtimes import tensors
 from tether.runtimes.arrivals import Arrivals
-from tether.runtimes.devices import has_cards, torch_compiler
+from tether.runtimes.devices import torch_compiler
 from tether.runtimes.signatures import Signature, named
 from tether.runtimes.weights import zips
 from tether.types import Array, Datatype, Framework, ModelFormat, ModelInfo, Tensors, TensorSpec

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.util
 import json
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -53,7 +53,7 @@ def _stop(_signum: int, _frame: object) -> NoReturn:
 def _work(request: dict[str, Any]) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    _limit(request["limits"])
+    _confine(request["limits"])
     sys.path[:] = request["path"]
     answer = _answer(request["function"], request["argument"])
     with contextlib.suppress(OSError):
@@ -64,14 +64,15 @@ def _work(request: dict[str, Any]) -> NoReturn:
     os._exit(0)  # not the interpreter's exit: libraries' threads and atexit hooks have been seen to hang there
 
 
-def _limit(limits: dict[str, int]) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_nbytes"],) * 2)
-    # The hard limit a second later: where both are one the kernel sends SIGKILL, which says nothing.
-    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_seconds"], limits["cpu_seconds"] + 1))
-    # Not RLIMIT_AS: PyTorch and TensorFlow reserve tens of gigabytes of addresses that they never touch. RLIMIT_DATA counts private
-    # writable memory only; the parent watches the resident size of the whole tree beside it.
-    resource.setrlimit(resource.RLIMIT_DATA, (limits["memory_nbytes"],) * 2)
+def _confine(limits: dict[str, Any]) -> None:
+    """By what lies beside this file, since nothing can be imported by name yet."""
+    specification = importlib.util.spec_from_file_location("confinement", Path(__file__).with_name("confinement.py"))
+    if specification is None or specification.loader is None:
+        raise ImportError("the sandbox is not whole: install Tether again")
+    confinement = importlib.util.module_from_spec(specification)
+    sys.modules["confinement"] = confinement  # dataclasses look there
+    specification.loader.exec_module(confinement)
+    confinement.confine(confinement.Confinement(**limits))
 
 
 def _answer(function: str, argument: Any) -> dict[str, Any]:

@@ -17,10 +17,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import psutil
-
 from tether.errors import BadModelError, TetherError, from_code
 from tether.sandbox import child
+from tether.sandbox.tree import Tree
 
 __all__ = ["Limits", "arun", "run"]
 
@@ -48,6 +47,8 @@ class Limits:
     """Largest file that may be written."""
     cpu_seconds: float | None = None
     """Processor time of each process; None: two cores' worth of `seconds`."""
+    network: bool = False
+    """Whether it may open sockets that lead elsewhere."""
     scratch: str | None = None
     """The folder that its own scratch folder is made in; None: the system's for temporary files. In memory, for what no disk may see."""
 
@@ -156,7 +157,7 @@ class _Sandbox:
             return f"describes itself in more than {_mib(_ANSWER_NBYTES)}"
         if time.monotonic() > self.looked + _TICK:  # it costs milliseconds, and a flood of output comes by here for each chunk
             self.looked = time.monotonic()
-            if _resident_nbytes(self.process.pid) > self.limits.memory_nbytes:
+            if Tree.of(self.process.pid).nbytes > self.limits.memory_nbytes:
                 return f"needs more than {_mib(self.limits.memory_nbytes)} of memory"
         return None
 
@@ -187,7 +188,13 @@ def _request(function: str, argument: Any, limits: Limits, answer_fd: int) -> by
         "parent": os.getpid(),
         "answer": answer_fd,
         "path": [os.path.abspath(entry) for entry in sys.path],  # noqa: PTH100 (Path.resolve would follow links of virtual environments)
-        "limits": {"memory_nbytes": memory, "file_nbytes": limits.file_nbytes, "cpu_seconds": int(cpu) + 1},
+        "limits": {
+            "memory_nbytes": memory,
+            "file_nbytes": limits.file_nbytes,
+            "cpu_seconds": int(cpu) + 1,
+            "network": limits.network,
+            "signals": False,
+        },
     }
     return json.dumps(request).encode()
 
@@ -196,20 +203,6 @@ def _environment(scratch: str) -> dict[str, str]:
     """No secrets, no graphics card, no caches in the user's home."""
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {**passed, "HOME": scratch, "TMPDIR": scratch, "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def _resident_nbytes(pid: int) -> int:
-    """Of the process and all below it; 0 when it is gone."""
-    try:
-        process = psutil.Process(pid)
-        tree = [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return 0
-    total = 0
-    for member in tree:
-        with contextlib.suppress(psutil.Error):
-            total += member.memory_info().rss
-    return total
 
 
 def _outcome(sandbox: _Sandbox, ending: str | None) -> Any:

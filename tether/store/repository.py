@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tether.errors import FormatTooNewError, StoreError
+from tether.serving_settings import ServingSettings
 from tether.store.collecting.sharing import attach, is_shared
 from tether.store.format.records import AliasChange
+from tether.store.index import serving_tables
 from tether.store.packing.disk import PARTIAL, disk_errors, sync_folder, write_atomically
 from tether.store.packing.reserve import reserve_of
 from tether.store.packing.writer_lock import WriterLock
@@ -106,7 +108,7 @@ class Repository(Upkeep):
         with ExitStack() as stack:  # each is closed whatever another says, the lock last
             stack.callback(self._unlock)
             stack.callback(self._catalog.close)
-            stack.callback(self._blobs.files.close)
+            stack.callback(self._blobs.files.end)
             stack.callback(self._keeper.close)
             with self._publishing:
                 self._staging.close()
@@ -157,6 +159,16 @@ class Repository(Upkeep):
         """
         self._check_writable()
         return self._catalog.rollback(_bare(name), alias)
+
+    def set_serving(self, name: str, changes: Mapping[str, Any] | None) -> ServingSettings:
+        """Say how this lab serves a model: what is named is changed, None takes one back; no `changes`: all. The answer: all that is said.
+
+        Raises: UnknownModelError; BadInputError: there is no such setting, or it can't have that value.
+        """
+        self._check_writable()
+        model = self._catalog.resolve(_bare(name))
+        with self._catalog.writing() as db:
+            return serving_tables.amend(db, model.publisher, model.name.rpartition("~")[2], changes)
 
     def name_publisher(self, publisher: str, label: str) -> None:
         """Give another lab's key (hex) a petname: `label/name`. Raises: BadNameError; ConflictError: it is taken."""

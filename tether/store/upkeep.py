@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +124,14 @@ class Upkeep(Publishing):
                 self._staging.give_up(self._clock())
             self._reserve.keep()
         return report
+
+    def collect_dropped(self, manifests: Collection[Digest]) -> GcReport:
+        """Delete at once what these manifests name, which are no version's any more, and nobody else needs; all else waits for `gc`.
+
+        Raises: ConflictError: a collection runs already.
+        """
+        self._check_writable()
+        return self._collector.collect(dry_run=False, grace=0.0, dropped=frozenset(manifests))
 
     def give_up_staged(self) -> None:
         """Remove what was staged and not added to in a day; `gc` does that, too. Waits while a version is made."""

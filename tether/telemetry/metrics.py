@@ -7,7 +7,7 @@ prometheus-client's own histogram child takes 0.8 µs an observation and a look-
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -27,7 +27,7 @@ _SERIES_LIMIT: Final = 2000
 class Series:
     """One version of one model. Belongs to the event loop's thread; a scrape from that thread sees a consistent state."""
 
-    __slots__ = ("buckets", "codes", "in_flight", "model", "seconds", "version")
+    __slots__ = ("buckets", "codes", "in_flight", "model", "right", "seconds", "version", "wrong")
 
     def __init__(self, model: str, version: str) -> None:
         self.model, self.version = model, version
@@ -35,6 +35,8 @@ class Series:
         self.buckets = [0] * (len(BUCKETS) + 1)
         self.seconds = 0.0
         self.in_flight = 0
+        self.right = self.wrong = 0
+        """Answers that were so, by labels that came later."""
 
     def observe(self, code: int, seconds: float) -> None:
         """One request is answered with HTTP status `code` after `seconds`."""
@@ -65,15 +67,21 @@ class RequestMetrics(Collector):
             "tether_request_duration_seconds", "From the last byte of a request's headers to its answer.", labels=("model",)
         )
         in_flight = GaugeMetricFamily("tether_requests_in_flight", "Inference requests being worked on.", labels=("model",))
+        feedback = CounterMetricFamily(
+            "tether_model_feedback", "Answers whose labels came later, by whether they were right.", labels=("model", "version", "outcome")
+        )
         by_model: dict[str, list[Series]] = {}
         for series in list(self._series.values()):
             by_model.setdefault(series.model, []).append(series)
             for code, count in sorted(series.codes.items()):
                 requests.add_metric((series.model, series.version, str(code)), count)
+            if series.right or series.wrong:
+                feedback.add_metric((series.model, series.version, "right"), series.right)
+                feedback.add_metric((series.model, series.version, "wrong"), series.wrong)
         for model, group in by_model.items():
             duration.add_metric((model,), _cumulative(group), sum(series.seconds for series in group))
             in_flight.add_metric((model,), sum(series.in_flight for series in group))
-        yield from (requests, duration, in_flight)
+        yield from (requests, duration, in_flight, feedback)
 
 
 def _cumulative(group: list[Series]) -> list[tuple[str, float]]:
@@ -91,6 +99,18 @@ REGISTRY.register(REQUESTS)
 ProcessCollector(registry=REGISTRY)
 
 
-def render() -> bytes:
-    """The text exposition of all metrics of this process."""
-    return generate_latest(REGISTRY)
+class _All(Collector):
+    """The metrics of this process, and others beside them."""
+
+    def __init__(self, others: Iterable[Metric]) -> None:
+        self._others = others
+
+    def collect(self) -> Iterator[Metric]:
+        """All of them."""
+        yield from REGISTRY.collect()
+        yield from self._others
+
+
+def render(others: Iterable[Metric] = ()) -> bytes:
+    """The text exposition of all metrics of this process, and of others."""
+    return generate_latest(_All(others))

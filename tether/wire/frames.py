@@ -1,11 +1,15 @@
 """Pure: the frames of the hop between a gateway and a model of a worker (FASTPATH.md §2). Many requests or replies travel in one frame.
 
     frame  = u32 nbytes after this field | u32 count | count heads | count payloads, each padded to 8
-    head   = u32 id | u16 status | u16 reserved | u32 payload nbytes | u32 JSON header nbytes | u32 ring offset | u32 timeout in ms
+    head   = u32 id | u16 status | u16 flags | u32 payload nbytes | u32 JSON header nbytes | u32 ring offset | u32 timeout in ms
 
-Little endian.  `status` is 0 in a request; WITHDRAWN in what takes the request of that id back; in a reply an HTTP status, or why there is
-none (`UNDELIVERED`).  A payload in the ring (offset other than INLINE) is not in the frame.  A reply with the request's id also gives its
-ring block back, so a request that was taken back is answered too (WITHDRAWN, if it did not run).
+Little endian. `status` is 0 in a request; WITHDRAWN in what takes the request of that id back; in a reply an HTTP status, or why there is
+none (`UNDELIVERED`); LEAVING answers none.  `flags` of a request: ALONE, PARTS, both or 0. A payload in the ring (offset other than INLINE)
+is not in the frame. A reply with the request's id also gives its ring block back, so a request that was taken back is answered too
+(WITHDRAWN, if it did not run).
+
+Before the last reply to a request with PARTS any number of replies of status PART may come.  The last one is an error, or OK: with one more
+part in it, or empty.  For each PART the asking end sends TAKEN when it can have another one; a few are sent without.
 """
 
 from __future__ import annotations
@@ -16,17 +20,43 @@ from typing import NamedTuple
 from tether.errors import MalformedRequestError
 from tether.ports import Undelivered
 
-__all__ = ["INLINE", "MAX_NBYTES", "UNDELIVERED", "WITHDRAWN", "Frame", "FrameReader", "FrameWriter", "Head"]
+__all__ = [
+    "ALONE",
+    "INLINE",
+    "LEAVING",
+    "MAX_NBYTES",
+    "OK",
+    "PART",
+    "PARTS",
+    "TAKEN",
+    "UNDELIVERED",
+    "WITHDRAWN",
+    "Frame",
+    "FrameReader",
+    "FrameWriter",
+    "Head",
+]
 
 _TOP = struct.Struct("<II")
 _HEAD = struct.Struct("<IHHIIII")
 _PADDING = tuple(b"\0" * (-size % 8) for size in range(8))
 INLINE = 0xFFFFFFFF
 """Ring offset of a payload that stands in the frame itself."""
+OK = 200
+PART = 206
+"""Status of a reply that is a part of the answer; more replies follow."""
+TAKEN = 100
+"""Status of what says that a part of the answer to that id has found its reader."""
 WITHDRAWN = 499
 """Nobody waits for the reply any more."""
 UNDELIVERED = {1: Undelivered.NOT_SENT, 2: Undelivered.LOST}
 """Status of a reply → what became of a request that was to go further: to another lab."""
+ALONE = 1
+"""This request is suspected to end the process that runs it (`Hop.alone`)."""
+PARTS = 2
+"""The answer to this request may come in parts."""
+LEAVING = 3
+"""Status of what answers no request (its id is 0): what comes from now on is answered still, but whoever needs no more is to disconnect."""
 _REASONS = {reason: status for status, reason in UNDELIVERED.items()}
 MAX_NBYTES = 1 << 30
 """A frame is ended before it gets near this; a length beyond it is not ours, and would be memory before it is noticed."""
@@ -43,7 +73,7 @@ class Head(NamedTuple):
 
     id: int
     status: int
-    reserved: int
+    flags: int
     nbytes: int
     header_nbytes: int
     offset: int
@@ -140,15 +170,19 @@ class FrameWriter:
         """Whether the frame is large enough to be taken before more is added."""
         return self._nbytes > _FULL_NBYTES
 
-    def request(self, request_id: int, body: bytes, header_nbytes: int, timeout_ms: int, offset: int = INLINE) -> None:
+    def request(self, request_id: int, body: bytes, header_nbytes: int, timeout_ms: int, offset: int = INLINE, flags: int = 0) -> None:
         """Add a request; with a ring offset the body is in the ring already and only its size travels."""
-        self._heads.append(_HEAD.pack(request_id, 0, 0, len(body), header_nbytes, offset, timeout_ms))
+        self._heads.append(_HEAD.pack(request_id, 0, flags, len(body), header_nbytes, offset, timeout_ms))
         if offset == INLINE:
             self._add(body)
 
     def withdraw(self, request_id: int) -> None:
         """Take a request back."""
         self._heads.append(_HEAD.pack(request_id, WITHDRAWN, 0, 0, 0, INLINE, 0))
+
+    def taken(self, request_id: int) -> None:
+        """Say that a part of this answer has found its reader."""
+        self._heads.append(_HEAD.pack(request_id, TAKEN, 0, 0, 0, INLINE, 0))
 
     def undelivered(self, request_id: int, reason: Undelivered) -> None:
         """Add a reply that says why there is none."""

@@ -293,8 +293,11 @@ def encode_request(
     outputs: Sequence[str] | None = None,
     id: str | None = None,  # noqa: A002 (the protocol's own name)
     binary: bool = True,
+    priority: int = 0,
 ) -> tuple[bytes, int]:
     """A client's body and the length of its JSON part (0: all JSON). `binary` decides how inputs go and how outputs are asked for.
+
+    `priority`: 1 is the most urgent, 0 the model's default.
 
     A tensor that JSON can't carry (FP16, BF16, NaN, infinities, bytes that are not UTF-8) goes binary all the same: mixed bodies are legal.
 
@@ -306,8 +309,11 @@ def encode_request(
     head["inputs"] = [_described_tensor(name, array, binary or not _fits_json(array), chunks) for name, array in arrays.items()]
     if outputs is not None:
         head["outputs"] = [{"name": name} for name in outputs]
-    if binary:
-        head["parameters"] = {"binary_data_output": True}
+    parameters: Parameters = {"binary_data_output": True} if binary else {}
+    if priority:
+        parameters["priority"] = priority
+    if parameters:
+        head["parameters"] = parameters
     return _joined(head, chunks, bool(chunks))
 
 

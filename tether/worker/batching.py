@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect, insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,6 +20,8 @@ Job = TypeVar("Job")
 
 BatchKey = tuple[tuple[str, str, tuple[int, ...]], ...]
 """Name, dtype and shape without the batch axis of every input: requests of one key can be joined."""
+_LEVEL = 1 << 48
+"""What a level weighs in the order of requests: more than there will ever be arrivals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,14 @@ def rows_of(request: InferRequest, info: ModelInfo) -> Rows:
 
 
 class Waiting(Generic[Job]):
-    """Requests that wait, those that can be joined together. Who came first says of which shape the next batch is."""
+    """Requests that wait, those that can be joined together. Who came first says of which shape the next batch is.
+
+    With levels, those of a lower number come first, whenever they came; level 0 is that of all where there are none.
+    """
 
     def __init__(self) -> None:
         self._jobs: dict[BatchKey | None, deque[tuple[int, int, Job]]] = {}
-        """By key: number of arrival, rows, request; in order."""
+        """By key: level and number of arrival in one number, rows, request; in order."""
         self._arrived = 0
         self._count = 0
 
@@ -56,15 +63,35 @@ class Waiting(Generic[Job]):
     def __iter__(self) -> Iterator[Job]:
         return (job for jobs in self._jobs.values() for _, _, job in jobs)
 
-    def add(self, rows: Rows, job: Job) -> None:
-        """It is the last of its shape."""
+    def add(self, rows: Rows, job: Job, level: int = 0) -> None:
+        """It is the last of its shape and level."""
         self._arrived += 1
         self._count += 1
-        self._jobs.setdefault(rows.key, deque()).append((self._arrived, rows.count, job))
+        jobs = self._jobs.setdefault(rows.key, deque())
+        if not level:
+            jobs.append((self._arrived, rows.count, job))
+            return
+        insort(jobs, (level * _LEVEL + self._arrived, rows.count, job), key=itemgetter(0))
+
+    def count_at(self, level: int) -> int:
+        """Those of a level; of level 0, all."""
+        if not level:
+            return self._count
+        ends = level * _LEVEL, (level + 1) * _LEVEL
+        below, upto = (sum(bisect(jobs, end, key=itemgetter(0)) for jobs in self._jobs.values()) for end in ends)
+        return upto - below
 
     def next_key(self) -> BatchKey | None:
         """The shape of the next batch; None too where the next request runs alone. Raises: ValueError: nothing waits."""
         return min(self._jobs, key=lambda key: self._jobs[key][0][0])
+
+    def shapes(self) -> list[BatchKey | None]:
+        """All shapes, that of the next batch first."""
+        return sorted(self._jobs, key=lambda key: self._jobs[key][0][0])
+
+    def of(self, key: BatchKey | None) -> Iterator[tuple[int, Job]]:
+        """Rows and requests of a shape, in order."""
+        return ((rows, job) for _, rows, job in self._jobs[key])
 
     def has(self, key: BatchKey) -> bool:
         """Whether some of this shape wait."""
@@ -75,9 +102,10 @@ class Waiting(Generic[Job]):
 
         No waiting for more: what piled up while the last batch ran is the batch (FASTPATH.md §3).
         """
-        if not self._count:
-            return []
-        key = self.next_key()
+        return self.take_of(self.next_key(), most_rows) if self._count else []
+
+    def take_of(self, key: BatchKey | None, most_rows: int) -> list[Job]:
+        """As `take`, of this shape."""
         jobs = self._jobs[key]
         taken: list[Job] = []
         rows = 0
@@ -95,9 +123,21 @@ class Waiting(Generic[Job]):
         dropped = [job for job in self if unwanted(job)]
         if dropped:
             kept = {key: deque(each for each in jobs if not unwanted(each[2])) for key, jobs in self._jobs.items()}
-            self._jobs = {key: jobs for key, jobs in kept.items() if jobs}
-            self._count -= len(dropped)
+            self._replace(kept)
         return dropped
+
+    def sort(self, level: Callable[[Job], int]) -> None:
+        """Levels mean something else from now on; the order of arrival stays."""
+        self._replace(
+            {
+                key: deque(sorted(((level(job) * _LEVEL + order % _LEVEL, rows, job) for order, rows, job in jobs), key=itemgetter(0)))
+                for key, jobs in self._jobs.items()
+            }
+        )
+
+    def _replace(self, jobs: dict[BatchKey | None, deque[tuple[int, int, Job]]]) -> None:
+        self._jobs = {key: some for key, some in jobs.items() if some}
+        self._count = sum(map(len, self._jobs.values()))
 
 
 def join_inputs(requests: Sequence[InferRequest]) -> Tensors:

@@ -9,11 +9,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-__all__ = ["Busyness", "Card", "cards", "chosen"]
+__all__ = ["Busyness", "Card", "card_users", "cards", "chosen"]
 
 _WINDOW: Final = 30.0
 """Seconds over which a worker's load is told: a heartbeat comes each half second to five."""
 _DRIVER: Final = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+_USERS: Final = ("nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits")
 _PATIENCE: Final = 20.0
 """Seconds: without its persistence daemon the driver wakes each card first."""
 _MIB: Final = 1 << 20
@@ -51,6 +52,19 @@ def chosen(found: Sequence[Card], count: int, visible: str | None = None) -> tup
     if count >= len(found) or len(set(found)) == 1:
         return tuple(found[:count])
     return ()
+
+
+def card_users() -> dict[int, int]:
+    """Process → bytes that it takes of cards. Blocks; empty where the driver does not tell, as in most containers."""
+    try:
+        told = subprocess.run(_USERS, check=True, capture_output=True, text=True, timeout=_PATIENCE, errors="replace").stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    users: dict[int, int] = {}
+    for row in csv.reader(told.splitlines(), skipinitialspace=True):
+        if len(row) == 2 and all(cell.strip().isdecimal() for cell in row):  # noqa: PLR2004 (a pair)
+            users[int(row[0])] = users.get(int(row[0]), 0) + int(row[1]) * _MIB
+    return users
 
 
 def _parsed(told: str) -> list[Card]:

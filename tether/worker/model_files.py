@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import structlog
 
-from tether.errors import ChunkAlteredError, ChunkMissingError, NotFoundError, ServiceUnavailableError, StoreError, UntrustedCodeError
-from tether.ports import BlobSource, LoadedModel
+from tether.errors import (
+    ChunkAlteredError,
+    ChunkMissingError,
+    InternalError,
+    NotFoundError,
+    ServiceUnavailableError,
+    StoreError,
+    UntrustedCodeError,
+)
+from tether.ports import BlobSource, Isolatable, LoadedModel, Streaming
 from tether.runtimes.arrivals import Arrivals, Coming
-from tether.store import Manifest, Repository
+from tether.store import HIDDEN, Manifest, Repository
 from tether.store.replicas.cache import CacheBudget, Pin
 from tether.store.replicas.fetching import FetchRules
 from tether.store.replicas.replicated import Replicated
 from tether.store.replicas.repository_blobs import RepositoryBlobs
-from tether.types import Digest, ModelRef, ModelVersion
+from tether.types import Digest, ModelRef, ModelVersion, Tensors
 from tether.worker.discretion import discretion, withheld
 from tether.worker.engine import Source
 from tether.worker.manager_blobs import ManagerBlobs
@@ -28,9 +36,15 @@ from tether.worker.runner import load_model
 __all__ = ["ModelFiles", "PinnedSource", "load_pinned"]
 
 log = structlog.get_logger("tether.worker")
+EXAMPLE = f"{HIDDEN}/example.npz"
+"""Where a version keeps its example tensors, beside the model's files."""
 
 
-@dataclass(frozen=True, slots=True)
+def _no_matter(_nbytes: int) -> None:
+    """There is room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PinnedSource(Source):
     """Files that stay until the pin is released."""
 
@@ -44,6 +58,9 @@ class PinnedSource(Source):
     def files(self) -> Path | Coming:
         """As `load_model` takes them."""
         return self.path if self.fetch is None else Coming(self.path, self.fetch)
+
+    def release(self) -> None:
+        self.pin.release()
 
 
 class _InMemory:
@@ -67,6 +84,22 @@ class _PinnedModel:
     def __init__(self, loaded: LoadedModel, pin: Pin | _InMemory) -> None:
         self.info, self.run, self.interrupt = loaded.info, loaded.run, loaded.interrupt
         self._loaded, self._pin = loaded, pin
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process, where it has one of its own."""
+        return getattr(self._loaded, "pid", None)
+
+    def stream(self, inputs: Tensors) -> Generator[Tensors]:
+        """As `Streaming.stream`."""
+        if not isinstance(self._loaded, Streaming):
+            raise InternalError("a stream was asked of a model that has none")
+        return self._loaded.stream(inputs)
+
+    def isolate(self) -> None:
+        """As `Isolatable.isolate`; what runs code is in a process of its own already."""
+        if isinstance(self._loaded, Isolatable):
+            self._loaded.isolate()
 
     def close(self) -> None:
         self._loaded.close()
@@ -111,19 +144,21 @@ class ModelFiles:
         self._replicated: Replicated | None = None
         self._closed = False
 
-    def fetch(self, model: ModelVersion) -> PinnedSource:
-        """Raises: UntrustedCodeError: trust is asked for at every load, since it can be taken away; ServiceUnavailableError: it is not
-        here, and the manager does not answer in time; ChunkMissingError, NoSpaceError, StoreError.
+    def fetch(self, model: ModelVersion, room: Callable[[int], None] = _no_matter) -> PinnedSource:
+        """`room`: called before the files of an encrypted version come into memory, with their bytes.
+
+        Raises: what `room` does; UntrustedCodeError: trust is asked for at every load, since it can be taken away;
+        ServiceUnavailableError: it is not here, and the manager does not answer in time; ChunkMissingError, NoSpaceError, StoreError.
         """
         lab = self._opened_lab()
         try:
-            found = self._checked_out(lab, model) if lab is not None else None
+            found = self._checked_out(lab, model, room) if lab is not None else None
         except (ChunkMissingError, ChunkAlteredError) as error:
             log.warning("the lab's store is damaged, the model is fetched beside it", model=str(model), error=str(error))
             found = None
-        return found or self._fetch_replica(model)
+        return found or self._fetch_replica(model, room)
 
-    def _checked_out(self, lab: _Lab, model: ModelVersion) -> PinnedSource | None:
+    def _checked_out(self, lab: _Lab, model: ModelVersion, room: Callable[[int], None]) -> PinnedSource | None:
         """From the lab's own store; None: it is not the one that knows this version."""
         try:
             record = lab.repository.resolve(ModelRef.parse(str(model)))
@@ -131,7 +166,10 @@ class ModelFiles:
             return None
         if record.digest != model.digest:
             return None
-        is_encrypted = lab.repository.public_manifest(model.digest).encryption is not None
+        public = lab.repository.public_manifest(model.digest)
+        is_encrypted = public.encryption is not None
+        if is_encrypted:
+            room(public.nbytes)
         with discretion(is_needed=is_encrypted):
             manifest = lab.repository.manifest(model.digest)
             _check_trust(model, manifest, record.publisher, trusted=lab.repository.trusted(record.publisher, "code"))
@@ -141,38 +179,40 @@ class ModelFiles:
         try:
             if not (lab.repository.root / "cache" / model.digest).exists():
                 lab.budget.make_room(manifest.nbytes)
-            return PinnedSource(lab.repository.checkout(model.digest) / manifest.entry, manifest.info, pin)
+            return _pinned(lab.repository.checkout(model.digest), manifest, pin)
         except BaseException:
             pin.release()
             raise
 
-    def _fetch_replica(self, model: ModelVersion) -> PinnedSource:
+    def _fetch_replica(self, model: ModelVersion, room: Callable[[int], None]) -> PinnedSource:
         replica = self._opened_replica()
         manifest = self._known(replica, model)
         if manifest.encryption is not None:
-            return self._fetch_encrypted(replica, model)
+            return self._fetch_encrypted(replica, model, room)
         budget = CacheBudget(replica.local, self._nbytes)
         pin = budget.pin(model.digest)
         try:
             if not (replica.local.root / "cache" / model.digest).exists():
                 budget.make_room(2 * manifest.nbytes)  # blobs and checkout
             if manifest.info.code:  # it runs in a process of its own, which starts while they come
-                path = replica.local.root / "cache" / model.digest / manifest.entry
-                return PinnedSource(path, manifest.info, pin, fetch=partial(_check_out, replica, model, manifest.entry))
-            return PinnedSource(replica.checkout(model.digest, model.name) / manifest.entry, manifest.info, pin)
+                folder = replica.local.root / "cache" / model.digest
+                return _pinned(folder, manifest, pin, partial(_check_out, replica, model, manifest.entry))
+            return _pinned(replica.checkout(model.digest, model.name), manifest, pin)
         except BaseException:
             pin.release()
             raise
 
-    def _fetch_encrypted(self, replica: Replicated, model: ModelVersion) -> PinnedSource:
+    def _fetch_encrypted(self, replica: Replicated, model: ModelVersion, room: Callable[[int], None]) -> PinnedSource:
         """The replica holds ciphertext; the key is asked of the manager each time, and stays in this process."""
         key = replica.run(self._manager.model_key(model.digest))
         if key is not None:
             replica.local.lend_key(*key)
         budget = CacheBudget(replica.local, self._nbytes)
         with budget.pin(model.digest):
-            budget.make_room(replica.public_manifest(model.digest).nbytes)
+            nbytes = replica.public_manifest(model.digest).nbytes
+            budget.make_room(nbytes)
             replica.replicate(model.digest, model.name)
+            room(nbytes)
             with discretion(is_needed=True):
                 return _in_memory(replica.local, model.digest, replica.local.manifest(model.digest))
 
@@ -226,9 +266,21 @@ def _check_out(replica: Replicated, model: ModelVersion, entry: str, arrivals: A
     replica.checkout(model.digest, model.name, watcher=None if entry else arrivals)
 
 
+def _pinned(folder: Path, manifest: Manifest, pin: Pin, fetch: Callable[[Arrivals], object] | None = None) -> PinnedSource:
+    return PinnedSource(folder / manifest.entry, manifest.info, manifest.nbytes, folder / EXAMPLE, pin=pin, fetch=fetch)
+
+
 def _in_memory(repository: Repository, digest: Digest, manifest: Manifest) -> PinnedSource:
     files = _InMemory(repository, digest)
-    return PinnedSource(files.folder / manifest.entry, manifest.info, files, files.scratch)
+    return PinnedSource(
+        files.folder / manifest.entry,
+        manifest.info,
+        manifest.nbytes,
+        files.folder / EXAMPLE,
+        in_memory=True,
+        pin=files,
+        scratch=files.scratch,
+    )
 
 
 def _check_trust(model: ModelVersion, manifest: Manifest, publisher: str, *, trusted: bool) -> None:

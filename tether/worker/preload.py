@@ -7,9 +7,10 @@ import sys
 
 import dask.config
 from distributed import Worker
+from distributed.system import MEMORY_LIMIT
 
 from tether.config import DataFolder
-from tether.worker.service import Cluster, choose_devices, make_plugin
+from tether.worker.service import Cluster, choose_devices, make_plugin, memory_budget
 
 __all__ = ["dask_setup"]
 
@@ -29,5 +30,6 @@ async def dask_setup(worker: Worker) -> None:
     choose_devices(int(worker.state.total_resources.get("GPU", 0)))
     folder = DataFolder.locate(dask.config.get("tether.data", None)).create()
     cluster = Cluster(worker.scheduler.address, worker.security.get_connection_args("worker"))
-    plugin = make_plugin(folder, name, worker.state.nthreads, cluster)
+    budget = memory_budget(None, worker.memory_manager.memory_limit or MEMORY_LIMIT)  # Dask's is of one of its workers here
+    plugin = make_plugin(folder, name, worker.state.nthreads, cluster, budget)
     await worker.plugin_add(plugin=plugin)

@@ -1,6 +1,6 @@
 """A code model in a process of its own: tensors through shared memory, small messages over a socket, and a warm spare.
 
-The parent's half of that process is `runner_process`, the child's `runner_server`, what they say `runner_wire`.
+The parent's half of that process is `runner_process`, the child's `runner_start` and `runner_server`, what they say `runner_wire`.
 """
 
 from __future__ import annotations
@@ -8,25 +8,26 @@ from __future__ import annotations
 import atexit
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from tether.errors import InternalError, LoadFailedError, WorkerLostError
+from tether.errors import InternalError, LoadFailedError, ModelDiedError, WorkerLostError
 from tether.runtimes import load
 from tether.runtimes.arrivals import Arrivals, Coming
 from tether.types import Framework, ModelInfo, Tensors
 from tether.worker.discretion import discretion
+from tether.worker.runner_limits import RunnerLimits
 from tether.worker.runner_process import RunnerProcess
 from tether.worker.runner_wire import DeadError, Load
 
 if TYPE_CHECKING:
     from tether.ports import LoadedModel
 
-__all__ = ["RunnerModel", "RunnerPool", "load_model"]
+__all__ = ["ResidentModel", "RunnerModel", "RunnerPool", "load_model"]
 
 
 def load_model(
@@ -44,7 +45,12 @@ def load_model(
     if isinstance(files, Coming):
         files.fetch(Arrivals())
         files = files.path
-    return load(files, info, threads)
+
+    def again() -> RunnerModel:
+        with discretion(is_needed=scratch is not None):
+            return RunnerModel(files, info, threads, pool, scratch)
+
+    return ResidentModel(load(files, info, threads), again)
 
 
 @functools.cache
@@ -65,8 +71,10 @@ class RunnerPool:
     `patience`: seconds between the use of a library and the start of its spare.
     """
 
-    def __init__(self, patience: float = 0.0) -> None:
+    def __init__(self, patience: float = 0.0, limits: RunnerLimits | None = None) -> None:
         self._patience = patience
+        self.limits = limits or RunnerLimits.default()
+        """Of processes that are started from now on."""
         self._spares: dict[Framework, RunnerProcess] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -79,7 +87,7 @@ class RunnerPool:
             return spare
         if spare is not None:
             spare.close()
-        return RunnerProcess.start()
+        return RunnerProcess.start(self.limits)
 
     def warm(self, framework: Framework) -> None:
         """Start a spare in `patience` seconds, unless there is one then; does not wait for it."""
@@ -93,7 +101,7 @@ class RunnerPool:
     def _start_spare(self, framework: Framework) -> None:
         with self._lock:
             if not self._closed and framework not in self._spares:
-                self._spares[framework] = spare = RunnerProcess.start()
+                self._spares[framework] = spare = RunnerProcess.start(self.limits)
                 spare.warm(framework)
 
     @property
@@ -122,7 +130,7 @@ class RunnerModel:
         path = files.path if isinstance(files, Coming) else files
         self._message = Load(str(Path.cwd() / path), info, threads, str(scratch or ""))
         self._pool = pool or default_pool()
-        self._closed = False
+        self._closed = self._has_started = False
         self._process: RunnerProcess | None = self._start_arriving(files) if isinstance(files, Coming) else self._start()
 
     @property
@@ -134,26 +142,59 @@ class RunnerModel:
     def run(self, inputs: Tensors) -> Tensors:
         """As `LoadedModel.run`; the outputs are copies.
 
-        Raises: WorkerLostError: the process died on it; LoadFailedError, BadModelError: it had died, and could not be started again (of an
-        encrypted model without its text).
+        Raises: ModelDiedError: the process died on it; WorkerLostError: it was interrupted; LoadFailedError, BadModelError: it had died,
+        and could not be started again (of an encrypted model without its text).
         """
+        process = self._alive()
+        with self._asking(process):
+            return process.run(inputs)
+
+    def stream(self, inputs: Tensors) -> Generator[Tensors]:
+        """As `ports.Streaming.stream`; the parts are copies. Raises: as `run`; WorkerLostError: the process died of something else."""
+        process = self._alive()
+        with self._asking(process):
+            number = process.begin(inputs)
+        part: Tensors | None = {}
+        try:
+            while (part := self._step(process, number)) is not None:
+                yield part
+        finally:
+            if part is not None and self._process is process:
+                with self._asking(process):
+                    process.leave(number)
+
+    def _step(self, process: RunnerProcess, number: int) -> Tensors | None:
+        if self._process is not process:
+            raise WorkerLostError("the model's process died while this stream waited for its turn; ask again")
+        with self._asking(process):
+            return process.step(number)
+
+    def _alive(self) -> RunnerProcess:
         if self._closed:
             raise InternalError("the model is closed; load it again")
         if self._process is None:
             with discretion(is_needed=bool(self._message.scratch)):
                 self._process = self._start()
-        process = self._process
+        return self._process
+
+    @contextmanager
+    def _asking(self, process: RunnerProcess) -> Iterator[None]:
         try:
-            return process.run(inputs)
+            yield
         except DeadError:
             self._process = None
-            raise WorkerLostError(f"the model's process died ({process.end()}) on this input; the next request starts it again") from None
+            how = f"the model's process died ({process.end()})"
+            if process.was_ended or self._closed:
+                raise WorkerLostError(f"{how} when its run was interrupted") from None
+            raise ModelDiedError(f"{how} on this input", process.died_by_itself) from None
 
     def interrupt(self) -> None:
-        """End a `run` that takes too long, from another thread: its process is killed, the run fails with WorkerLostError."""
+        """As `LoadedModel.interrupt`: the model's code gets KeyboardInterrupt, and may keep what it holds. Where it does not end by that
+        until it is interrupted again, its process is killed: the run fails with WorkerLostError.
+        """
         process = self._process
         if process is not None:
-            process.kill()
+            process.interrupt()
 
     def close(self) -> None:
         """End the process, and with it all that the model held."""
@@ -186,11 +227,48 @@ class RunnerModel:
         try:
             yield process
         except DeadError:
-            raise LoadFailedError(f"the model's process died ({process.end()}) while it loaded the model") from None
+            how = f"the model's process died ({process.end()}) while it loaded the model"
+            if self._has_started and not process.died_by_itself:  # it was loaded before: that it was killed again says nothing of it
+                raise ModelDiedError(how, process.died_by_itself) from None
+            raise LoadFailedError(how) from None
         except BaseException:
             process.close()
             raise
+        self._has_started = True
         self._pool.warm(self.info.framework)
+
+
+class ResidentModel:
+    """A `LoadedModel` of a data format, in this process; `isolate` moves it into one of its own."""
+
+    def __init__(self, loaded: LoadedModel, again: Callable[[], LoadedModel]) -> None:
+        """`again`: loads it there."""
+        self.info, self._loaded, self._again = loaded.info, loaded, again
+        self._is_isolated = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of its own process; None while it has none."""
+        return getattr(self._loaded, "pid", None)
+
+    def run(self, inputs: Tensors) -> Tensors:
+        """As `LoadedModel.run`, before or after it moved."""
+        return self._loaded.run(inputs)
+
+    def interrupt(self) -> None:
+        """As `LoadedModel.interrupt`."""
+        self._loaded.interrupt()
+
+    def isolate(self) -> None:
+        """As `Isolatable.isolate`; both are in memory for a moment, so that it stays here where it can't move."""
+        if not self._is_isolated:
+            left, self._loaded = self._loaded, self._again()
+            self._is_isolated = True
+            left.close()
+
+    def close(self) -> None:
+        """Free it; a second call does nothing."""
+        self._loaded.close()
 
 
 def _fetch(files: Coming, arrivals: Arrivals) -> None:

@@ -1,4 +1,4 @@
-"""The process of one model: reads messages, loads, runs, answers. Started by `python -m`, never by fork: the worker has threads."""
+"""The process of one model, once it is confined (`runner_start`): reads messages, loads, runs, answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,37 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tether.errors import InternalError, TetherError, WorkerLostError
+from tether.errors import InternalError, ModelFailedError, PoisonInputError, TetherError, WorkerLostError
+from tether.ports import Streaming
 from tether.runtimes import load, load_arriving, warm
 from tether.runtimes.arena import Arena, Place
 from tether.runtimes.arrivals import Arrivals
-from tether.worker.runner_wire import REQUESTS, DeadError, Done, Failed, Grown, Load, Reply, Request, Run, Warm, Whole, receive, send
+from tether.worker.runner_wire import (
+    REQUESTS,
+    Begin,
+    DeadError,
+    Done,
+    Ended,
+    Failed,
+    Grown,
+    Leave,
+    Load,
+    Reply,
+    Request,
+    Run,
+    Step,
+    Warm,
+    Whole,
+    receive,
+    send,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+    from types import FrameType
+
     from tether.ports import LoadedModel
+    from tether.types import Tensors
 
 __all__ = ["main"]
 
@@ -36,9 +59,13 @@ class _Server:
         self._socket = connection
         self._in, self._out = arenas
         self._model: LoadedModel | None = None
+        self._is_running = False
+        """Whether the model's own code runs, which an interrupt ends; at other times it does nothing."""
+        self._streams: dict[int, Generator[Tensors]] = {}
 
     def serve(self) -> NoReturn:
         """Until the parent goes."""
+        signal.signal(signal.SIGINT, self._interrupt)
         with contextlib.suppress(DeadError):
             while True:
                 send(self._socket, self._answer(receive(self._socket, REQUESTS)))
@@ -47,21 +74,33 @@ class _Server:
     def _answer(self, message: Request) -> Reply:
         try:
             match message:
-                case Warm(framework):
-                    warm(framework)
-                    return Done()
-                case Load():
-                    self._load(message)
-                    return Done()
                 case Run(places):
                     return Done(self._run(places))
-                case Grown() | Whole():
-                    raise InternalError("files came and no load waited for them")
+                case Step(number):
+                    return self._step(number)
+                case _:
+                    self._do(message)
+                    return Done()
         except TetherError as error:
             return Failed(error.code, [value if isinstance(value, (str, int, float, list)) else str(value) for value in error.args])
+        except KeyboardInterrupt:
+            return Failed(ModelFailedError.code, ["the run was interrupted: nobody waited for it any more, or its deadline passed"])
         except Exception as error:
             _log.exception("the runner failed")
             return Failed(InternalError.code, [f"the runner failed: {type(error).__name__}: {error}"])
+
+    def _do(self, message: Warm | Load | Grown | Whole | Begin | Leave) -> None:
+        match message:
+            case Warm(framework):
+                warm(framework)
+            case Load():
+                self._load(message)
+            case Begin(number, places):
+                self._streams[number] = self._begin(places)
+            case Leave(number):
+                self._leave(number)
+            case Grown() | Whole():
+                raise InternalError("files came and no load waited for them")
 
     def _load(self, message: Load) -> None:
         if message.scratch:
@@ -95,22 +134,64 @@ class _Server:
             arrivals.fail(error)
 
     def _run(self, places: list[Place]) -> list[Place]:
+        model = self._loaded()
+        # A custom model may keep what it is given; the frameworks' runtimes do not.
+        inputs = self._in.read(places, copy=model.info.framework == "custom")
+        with self._running():
+            outputs = model.run(inputs)
+        return self._out.write(outputs)
+
+    def _loaded(self) -> LoadedModel:
         if self._model is None:
             raise InternalError("a run came before a load")
-        # A custom model may keep what it is given; the frameworks' runtimes do not.
-        inputs = self._in.read(places, copy=self._model.info.framework == "custom")
-        return self._out.write(self._model.run(inputs))
+        return self._model
+
+    def _begin(self, places: list[Place]) -> Generator[Tensors]:
+        model = self._loaded()
+        if not isinstance(model, Streaming):
+            raise InternalError("a stream was asked of a model that has none")
+        return model.stream(self._in.read(places, copy=True))
+
+    def _step(self, number: int) -> Done | Ended:
+        parts = self._streams.pop(number)
+        with self._running():
+            part = next(parts, None)
+        if part is None:
+            return Ended()
+        self._streams[number] = parts
+        return Done(self._out.write(part))
+
+    def _leave(self, number: int) -> None:
+        parts = self._streams.pop(number, None)
+        if parts is not None:
+            with self._running():
+                parts.close()
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """An interrupt meets the model's code only: the worker sends none but during a run, so that a late one can't hit the next.
+
+        Raises: ModelFailedError: the model raised what is said of processes and of inputs that end them; it may have it of another model.
+        """
+        self._is_running = True
+        try:
+            yield
+        except (WorkerLostError, PoisonInputError) as error:
+            raise ModelFailedError(f"the model raised {type(error).__name__}: {error}") from error
+        finally:
+            self._is_running = False
+
+    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        """Raised once: what the model does about it is not disturbed. Raises: KeyboardInterrupt."""
+        if self._is_running:
+            self._is_running = False
+            raise KeyboardInterrupt
 
 
-def main(arguments: list[str]) -> NoReturn:
-    """`python -m tether.worker.runner_server PARENT SOCKET IN OUT`: descriptors, inherited."""
-    parent, *fds = map(int, arguments)
+def main(parent: int, fds: list[int]) -> NoReturn:
+    """`fds`: of the socket and the two arenas, inherited."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
     _Server(socket.socket(fileno=fds[0]), (Arena(fds[1]), Arena(fds[2]))).serve()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

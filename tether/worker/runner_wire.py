@@ -18,14 +18,18 @@ from tether.types import Framework, ModelInfo
 __all__ = [
     "REPLIES",
     "REQUESTS",
+    "Begin",
     "DeadError",
     "Done",
+    "Ended",
     "Failed",
     "Grown",
+    "Leave",
     "Load",
     "Reply",
     "Request",
     "Run",
+    "Step",
     "Warm",
     "Whole",
     "receive",
@@ -63,8 +67,32 @@ class Run(msgspec.Struct, tag="run", frozen=True):
     tensors: list[Place]
 
 
+class Begin(msgspec.Struct, tag="begin", frozen=True):
+    """A stream, answered when its inputs were taken: the model's code runs when a part is asked for."""
+
+    stream: int
+    """Its number, given by who asks."""
+    tensors: list[Place]
+
+
+class Step(msgspec.Struct, tag="step", frozen=True):
+    """The next part, else `Ended`; after that, or `Failed`, the stream is no more."""
+
+    stream: int
+
+
+class Leave(msgspec.Struct, tag="leave", frozen=True):
+    """No more of this stream."""
+
+    stream: int
+
+
 class Done(msgspec.Struct, tag="done", frozen=True):
     tensors: list[Place] = []
+
+
+class Ended(msgspec.Struct, tag="ended", frozen=True):
+    """A stream has no more parts."""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
@@ -72,8 +100,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     args: list[Any]
 
 
-Request = Warm | Load | Grown | Whole | Run
-Reply = Done | Failed
+Request = Warm | Load | Grown | Whole | Run | Begin | Step | Leave
+Reply = Done | Ended | Failed
 _Message = TypeVar("_Message")
 REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 REQUESTS: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

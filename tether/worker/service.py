@@ -20,24 +20,29 @@ import msgspec
 import psutil
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
-from distributed import Security, Worker
+from distributed import Worker
 from distributed.core import connect, rpc
+from distributed.system import MEMORY_LIMIT
 
 from tether.config import HOUSEKEEPING, ORCHESTRATOR_PORT, DataFolder, Limits
 from tether.errors import ConfigError, NotWriterError, ServiceUnavailableError, from_code
 from tether.routing.table import Table
 from tether.runtimes import devices
+from tether.security.comms import dask_security
 from tether.security.tls import ensure_tls
 from tether.security.volatile import sweep
 from tether.store.replicas.cache import default_nbytes
 from tether.telemetry.service import Life, run_service
 from tether.worker.engine import Engine
+from tether.worker.footprint import default_budget
 from tether.worker.manager_blobs import ManagerBlobs
 from tether.worker.model_files import ModelFiles, load_pinned
 from tether.worker.plugin import EnginePlugin
+from tether.worker.residency import RAM
 from tether.worker.runner import default_pool
+from tether.worker.runner_limits import RunnerLimits
 
-__all__ = ["Cluster", "choose_devices", "main", "make_plugin"]
+__all__ = ["Cluster", "choose_devices", "main", "make_plugin", "memory_budget"]
 
 _CONNECT = 2.0
 """Seconds: Dask tries again and again until then."""
@@ -113,8 +118,8 @@ class _Manager:
 class _Engine(Engine):
     """The engine of a process, with the stores that its models come from."""
 
-    def __init__(self, sockets: Path, files: ModelFiles, threads: int) -> None:
-        super().__init__(sockets, files.fetch, partial(load_pinned, threads), Limits().latency)
+    def __init__(self, sockets: Path, files: ModelFiles, threads: int, budget: int) -> None:
+        super().__init__(sockets, files.fetch, partial(load_pinned, threads), Limits().latency, {RAM: budget})
         self._files = files
 
     def close(self) -> None:
@@ -139,14 +144,40 @@ def choose_devices(gpus: int) -> None:
         devices.use_torch_compiler(compiler)
 
 
-def make_plugin(folder: DataFolder, name: str, threads: int, cluster: Cluster) -> EnginePlugin:
-    """An engine for a Dask worker of this name, over the data folder's store, else over what it fetches from the manager."""
+def memory_budget(wished: str | None, machine_nbytes: int, workers: int = 1) -> int:
+    """Bytes that models may take: as wished, else as configured, else a part of the machine's, of one of so many workers on it.
+
+    Raises: ConfigError.
+    """
+    return _nbytes("tether.worker.memory", wished) or default_budget(machine_nbytes, workers)
+
+
+def _nbytes(setting: str, wished: str | None = None) -> int | None:
+    """As wished, else as configured; None: nobody said. Raises: ConfigError."""
+    said = dask.config.get(setting, None) if wished is None else wished
+    if said is None:
+        return None
+    try:
+        nbytes = int(parse_bytes(said)) if str(said).strip() else 0
+    except (ValueError, OverflowError, TypeError, AttributeError):  # the settings' file may say a list, or 1e400
+        nbytes = 0
+    if nbytes < 1:
+        raise ConfigError(f"a memory budget of {said!r}: give a number of bytes, as 4GiB (--memory-budget or {setting})")
+    return nbytes
+
+
+def make_plugin(folder: DataFolder, name: str, threads: int, cluster: Cluster, budget: int) -> EnginePlugin:
+    """An engine for a Dask worker of this name, over the data folder's store, else over what it fetches from the manager.
+
+    `budget`: bytes that models may take.
+    """
+    default_pool().limits = RunnerLimits.configured(dask.config.get("tether.runner", {}), MEMORY_LIMIT)
     sweep()  # of what a killed worker left in memory
     sockets = _socket_folder(folder.runtime, name)
     manager = _Manager(cluster)
     blobs = ManagerBlobs(manager.ask, manager.close)
     files = ModelFiles(folder.store, folder.replicas / name, blobs, _cache_nbytes(folder))
-    return EnginePlugin(_Engine(sockets, files, threads), sockets)
+    return EnginePlugin(_Engine(sockets, files, threads, budget), sockets, _nbytes("tether.worker.gpu-memory"))
 
 
 def _cache_nbytes(folder: DataFolder) -> int:
@@ -191,15 +222,29 @@ def _warm_up() -> None:
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8001, show_default=True)
 @click.option("--gpus", default=0, show_default=True, help="GPUs to offer, as the Dask resource GPU.")
-@click.option("--threads", type=click.IntRange(1), default=CPU_COUNT, show_default="all cores", help="Threads of one run of a model.")
-def _command(orchestrator: str, data: str | None, name: str, host: str, port: int, gpus: int, threads: int) -> None:  # noqa: PLR0913, PLR0917 (the command line's options)
+@click.option("--threads", type=click.IntRange(1), help="Threads of one run of a model  [default: as many as cores, shared].")
+@click.option("--memory-budget", "wished", metavar="BYTES", help="For models, as 4GiB  [default: 60 % of the machine's memory, shared].")
+@click.option("--workers-here", type=click.IntRange(1), default=1, show_default=True, help="Workers that share this machine.")
+def _command(  # noqa: PLR0913, PLR0917 (the command line's options)
+    orchestrator: str,
+    data: str | None,
+    name: str,
+    host: str,
+    port: int,
+    gpus: int,
+    threads: int | None,
+    wished: str | None,
+    workers_here: int,
+) -> None:
     """Run a worker: loads models and answers requests."""
+    budget = memory_budget(wished, MEMORY_LIMIT, workers_here)
     folder = DataFolder.locate(data).create()
     choose_devices(gpus)
-    security = Security(**ensure_tls(folder.tls, "worker").security())
+    security = dask_security(ensure_tls(folder.tls, "worker"))
 
     async def serve(life: Life) -> None:
-        plugin = make_plugin(folder, name, threads, Cluster(orchestrator, security.get_connection_args("worker")))
+        cluster = Cluster(orchestrator, security.get_connection_args("worker"))
+        plugin = make_plugin(folder, name, threads or max(CPU_COUNT // workers_here, 1), cluster, budget)
         async with _Worker(
             orchestrator,
             name=name,

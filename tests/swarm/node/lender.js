@@ -7,7 +7,7 @@ const crypto = require('crypto')
 const readline = require('readline')
 
 const say = value => process.stdout.write(JSON.stringify(value) + '\n')
-const note = (message, value) => say({ at: Date.now() / 1000, message, value })
+const note = (message, value) => say({ at: (performance.timeOrigin + performance.now()) / 1000, message, value })
 const json = value => Buffer.from(JSON.stringify(value))
 
 let lab = null

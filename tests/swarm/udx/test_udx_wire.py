@@ -42,6 +42,18 @@ def test_a_batch_is_its_packets(stream_id, window, seq, ack, data, each):
     assert batch == b"".join(packets)
 
 
+@given(U32, U32, st.integers(0, NEVER_SEEN), st.integers(12, 50), st.integers(1, 40), st.integers(0, 3))
+def test_a_large_batch_is_its_packets_wherever_the_data_lies(stream_id, window, seq, count, words, offset):
+    each, rest = 4 * words, seq % (4 * words)
+    data = random.Random(f"{seq} {count}").randbytes(offset + count * each - rest)[offset:]
+    batch = wire.build_batch((stream_id, window, seq, seq), memoryview(bytes(offset) + data)[offset:], each)
+    packets = [
+        wire.build_packet(wire.DATA, stream_id, window, seq + index, seq) + data[index * each : (index + 1) * each]
+        for index in range(-(-len(data) // each))
+    ]
+    assert bytes(batch) == b"".join(packets)
+
+
 @given(U32, U32, U32, U32, st.integers(2, 60), st.integers(1, 100))
 def test_a_run_is_read_as_its_packets_are(stream_id, window, seq, ack, count, each):
     data = random.Random(f"{seq} {count}").randbytes(count * each)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 import structlog
@@ -19,6 +19,7 @@ from tether.errors import (
     MalformedRequestError,
     NotFoundError,
     PeerFailedError,
+    PeerLeavingError,
     PeerNotFoundError,
     PeerUnreachableError,
     ProtocolError,
@@ -52,8 +53,16 @@ _GRACE: Final = 10.0
 _AGAIN: Final = 0.5
 """Seconds until it is asked on, where the line failed and was not given up."""
 
-Request = Callable[[str, str, bytes, float], Awaitable[bytes]]
-"""Peer, method, value, seconds → answer. Raises: TetherError."""
+_LAST: Final = 10.0
+"""Seconds that requests may still take at a lab that is about to end: as long as it waits for them itself."""
+
+
+class Request(Protocol):
+    """`Node.request`."""
+
+    async def __call__(self, peer: str, method: str, value: bytes, timeout: float, *, patient: bool = True) -> bytes:  # noqa: ASYNC109 (its signature)
+        """Raises: TetherError."""
+        ...
 
 
 class _Pong(msgspec.Struct):
@@ -83,6 +92,8 @@ class Borrower:
         self._told: tuple[LentWorker, ...] = ()
         self._servers: dict[_Loaded, HopServer | None] = {}
         """None: it is being loaded."""
+        self._closed: dict[_Loaded, str] = {}
+        """Endpoints of what is not there any more, and was not loaded again."""
         self._loading: dict[_Loaded, asyncio.Task[Path]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -92,6 +103,13 @@ class Borrower:
         """Take what is lent from now on."""
         self._request = request
         self._spawn(self._run())
+
+    async def retire(self, grace: float) -> None:
+        """Before `aclose`: no request begins any more, those under way have `grace` seconds."""
+        before = set(self._tasks)
+        self._state.forget()
+        self._settle(grace)
+        await asyncio.gather(*(self._tasks - before))
 
     async def aclose(self) -> None:
         """Take nothing any more; who lends hears nothing, and registers again with whoever comes next."""
@@ -146,9 +164,9 @@ class Borrower:
             raise ForbiddenError("the lab that registers lends nothing to this one: `tether lend` there comes first")
         return vitals
 
-    async def _ping(self, peer: str, seconds: float) -> Vitals | None:
+    async def _ping(self, peer: str, seconds: float, *, patient: bool = True) -> Vitals | None:
         """Raises: TetherError; ProtocolError: its answer is none."""
-        answer = await self._requested(peer, "ping", b"", seconds)
+        answer = await self._requested(peer, "ping", b"", seconds, patient=patient)
         try:
             return msgspec.json.decode(answer, type=_Pong).lent
         except msgspec.DecodeError as error:
@@ -166,10 +184,15 @@ class Borrower:
             await asyncio.sleep(_TURN)
 
     async def _ask(self, peer: str) -> None:
+        is_up = self._state.vitals_of(peer) is not None
         try:
-            vitals = await self._ping(peer, SILENCE if self._state.vitals_of(peer) else _DIAL)
+            vitals = await self._ping(peer, SILENCE if is_up else _DIAL, patient=not is_up)
         except ForbiddenError:
             vitals = None
+        except PeerLeavingError:
+            self._leaves(peer)
+            self._state.failed(peer, time.monotonic())
+            return
         except TetherError as error:
             log.debug("a lab that lends workers did not answer", of=peer, code=error.code)
             self._state.failed(peer, time.monotonic())
@@ -185,23 +208,33 @@ class Borrower:
         if self._settle():
             log.info("a lab that lends workers is back", of=peer)
 
+    def _leaves(self, peer: str) -> None:
+        """It takes no requests any more; those that it has it ends."""
+        if self._state.leaves(peer, time.monotonic()):
+            log.info("a lab that lends workers is about to end: its workers are out", of=peer)
+            self._settle(_LAST)
+
     def _end(self, peer: str, why: str) -> None:
         if self._state.end(peer):
             log.info("workers are borrowed no more", of=peer, why=why)
             self._settle()
 
-    def _settle(self) -> bool:
-        """Tell who is there, where that changed, and close what leads to others."""
-        workers = self._state.workers
+    def _settle(self, grace: float = 0.0) -> bool:
+        """Tell who is there, where that changed, and close what leads to others; `grace`: seconds for what is under way there."""
+        workers = tuple(msgspec.structs.replace(each, closed=self._closed_of(each)) for each in self._state.workers)
         if workers == self._told:
             return False
         self._told = workers
         there = {(each.peer, each.number) for each in workers}
+        self._closed = {loaded: endpoint for loaded, endpoint in self._closed.items() if (loaded.peer, loaded.number) in there}
         for loaded in [each for each in self._servers if (each.peer, each.number) not in there]:
-            self._drop(loaded)
+            self._drop(loaded, grace)
         if self.tell is not None:
             self.tell(workers)
         return True
+
+    def _closed_of(self, worker: LentWorker) -> tuple[str, ...]:
+        return tuple(end for loaded, end in self._closed.items() if (loaded.peer, loaded.number) == (worker.peer, worker.number))
 
     # --- what the orchestrator asks
 
@@ -243,9 +276,11 @@ class Borrower:
         try:
             await self._ready(loaded)
             self._loaded(worker_of(loaded.peer), loaded.number, loaded.model)  # while it loaded, the line may have been lost
-            opened = HopServer(self._folder, functools.partial(self._infer, loaded))
+            opened = HopServer(self._folder, lambda hop: self._infer(loaded, opened, hop))
             opened.start()
             server = self._servers[loaded] = opened
+            if self._closed.pop(loaded, None):
+                self._settle()
         finally:
             if server is None:
                 self._drop(loaded)
@@ -255,7 +290,9 @@ class Borrower:
         """Return when the other lab has it loaded. Raises: why it can't; NotFoundError: the line was given up."""
         model = loaded.model
         wanted = Wanted(model.name, model.version, model.digest, load=True, wait=_WAIT)
+        clock = asyncio.get_running_loop().time
         while True:
+            asked = clock()
             self._loaded(worker_of(loaded.peer), loaded.number, model)
             try:
                 answer = await self._asked(loaded.peer, wanted)
@@ -267,6 +304,7 @@ class Borrower:
                 raise from_code(*answer.error)
             if answer.loaded:
                 return
+            await asyncio.sleep(asked + _AGAIN - clock())  # where it has not waited itself
 
     async def _asked(self, peer: str, wanted: Wanted) -> Readiness:
         answer = await self._requested(peer, "capacity", msgspec.json.encode(wanted), _WAIT + _GRACE)
@@ -275,28 +313,43 @@ class Borrower:
         except msgspec.DecodeError as error:
             raise PeerFailedError(f"lab {peer} does not say how {wanted.model} stands there: {error}", "capacity") from None
 
-    async def _infer(self, loaded: _Loaded, hop: Hop) -> HopReply | Undelivered:
-        """Run one request there."""
+    async def _infer(self, loaded: _Loaded, server: HopServer, hop: Hop) -> HopReply | Undelivered:
+        """Run one request there; where it is about to end, another worker is not waited for here."""
         try:
             value = lent_hops.asked(hop, self._operations.public, loaded.model)
-            return lent_hops.replied(await self._requested(loaded.peer, "infer", value, hop.timeout), loaded.model)
+            answer = await self._requested(loaded.peer, "infer", value, hop.timeout, patient=False)
+            return lent_hops.replied(answer, loaded.model)
+        except PeerLeavingError as error:
+            self._leaves(loaded.peer)
+            return lent_hops.failed(error)
+        except NotFoundError as error:
+            self._gone(loaded, server)
+            return lent_hops.failed(error)
         except TetherError as error:
             return lent_hops.failed(error)
 
-    async def _requested(self, peer: str, method: str, value: bytes, seconds: float) -> bytes:
+    def _gone(self, loaded: _Loaded, server: HopServer) -> None:
+        """It was deleted there: the orchestrator is told, and has it loaded again, there or elsewhere."""
+        if self._servers.get(loaded) is server:
+            log.info("a lab that lends workers has a version no more", of=loaded.peer, version=str(loaded.model))
+            self._drop(loaded, _LAST)
+            self._closed[loaded] = str(server.endpoint)
+            self._settle()
+
+    async def _requested(self, peer: str, method: str, value: bytes, seconds: float, *, patient: bool = True) -> bytes:
         """Raises: PeerUnreachableError: this lab is not on the swarm now; what the other one answers, or the way to it."""
         if self._request is None:
             raise PeerUnreachableError("this lab leaves the swarm: lent workers are there again when it is back", "ECLOSED")
-        return await self._request(peer, method, value, seconds)
+        return await self._request(peer, method, value, seconds, patient=patient)
 
-    def _drop(self, loaded: _Loaded) -> None:
+    def _drop(self, loaded: _Loaded, grace: float = 0.0) -> None:
         server = self._servers.pop(loaded, None)
         self._open_up(loaded.peer)
         loading = self._loading.get(loaded)
         if loading is not None and loading is not asyncio.current_task():
             loading.cancel()
         if server is not None:
-            self._spawn(server.aclose())
+            self._spawn(server.retire(grace) if grace else server.aclose())
 
     def _open_up(self, peer: str) -> None:
         """To a lab that runs models, their versions are open: it has to have them."""

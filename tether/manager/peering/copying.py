@@ -14,6 +14,7 @@ import structlog
 from tether.errors import ForbiddenError, MalformedRequestError, NoSpaceError, RequestError, TetherError
 from tether.manager.peering.agreements import Agreements
 from tether.manager.peering.feed_content import content_of
+from tether.manager.peering.freeing import Freeing
 from tether.manager.peering.group import INTERVAL, AskMember, Group
 from tether.manager.peering.group_view import Asked, Said, View, chosen, config_of, mark, nbytes_of, policy_of, stated
 from tether.manager.peering.keeping import Kept
@@ -24,6 +25,7 @@ from tether.security.access import Access
 from tether.store import Repository
 from tether.store.index.mirror_tables import ModelState
 from tether.swarm.feeds.entries import Content, FeedModel
+from tether.types import Digest
 
 __all__ = ["Copying", "CopyingSide", "agreed", "labs_of", "readers_of"]
 
@@ -73,6 +75,7 @@ class Copying:
         self._has: dict[str, dict[str, str]] = {}
         self._assigned: dict[str, frozenset[str]] = {}
         self._leaving: dict[str, Leaving] = defaultdict(lambda: Leaving(side.grace))
+        self._freeing = Freeing(side.repository)
         self._refused: dict[tuple[str, str], float] = {}
         self._told: object = None
         self._own_content: tuple[object, Content] = (None, Content())
@@ -98,6 +101,7 @@ class Copying:
         finally:
             for group in self._groups.values():
                 await group.aclose()
+            await self._freeing.aclose()
 
     async def look(self) -> None:
         """See who is there, and do what is this lab's part now. Raises: StoreError."""
@@ -269,16 +273,18 @@ class Copying:
                 await self._drop(publisher, kept, name)
 
     async def _drop(self, publisher: str, kept: Kept, name: str) -> None:
-        """Take it out of the catalog; its bytes go with the next collection."""
-        repository = self._with.repository
+        """Take it out of the catalog, and its bytes off the disk."""
+        repository, removed = self._with.repository, list[Digest]()
 
         def remove() -> None:
             state = repository.state_of(publisher, name)
             if state is not None:
                 repository.follow([msgspec.structs.replace(state, versions=(), aliases={}, history=())])
+                removed.extend(version.digest for version in state.versions)
 
         if await kept.drop(name, lambda: asyncio.to_thread(remove)):
             log.info("a copy that was one too many is dropped", publisher=publisher, model=name)
+            self._freeing.free(removed)
             left = self._with.agreements.taken(publisher) - {name}
             await asyncio.to_thread(self._with.agreements.take, publisher, left)
 

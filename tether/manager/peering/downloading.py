@@ -110,6 +110,7 @@ class Download:
         Raises: ChunkMissingError: no peer has all that is missing; ServiceUnavailableError: none can be asked; what `keep` raises.
         """
         self._on_came, self._on_liar = on_came, on_liar
+        self._sources.expected([peer for peer in peers if peer != self._order.publisher], _now())
         try:
             async with asyncio.TaskGroup() as group:
                 members = [group.create_task(self._member(peer)) for peer in peers]
@@ -247,9 +248,11 @@ class Download:
                 self._lied(peer, error)
             except ForbiddenError as error:
                 log.info("peer does not allow it", peer=peer, version=self._order.version, error=str(error))
+                self._sources.left(peer)
                 return
             except Exception as error:  # as in `_given`
                 log.info("peer not reached", peer=peer, version=self._order.version, error=f"{type(error).__name__}: {error}")
+                self._sources.left(peer)
             failures = 0 if len(self._missing) < came else failures + 1
             await asyncio.sleep(rests[min(failures, len(rests)) - 1] if failures else rests[0])
 

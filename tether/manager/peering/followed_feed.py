@@ -17,20 +17,19 @@ import msgspec
 import structlog
 
 from tether.errors import (
-    EngineError,
     FeedRefusedError,
     ForbiddenError,
     InternalError,
     MalformedFeedError,
-    PeerUnreachableError,
     TetherError,
 )
 from tether.manager.peering.feed_comparing import Comparing
 from tether.manager.peering.feed_copies import FeedCopies
+from tether.manager.peering.feed_proving import Proving
 from tether.manager.peering.feed_reading import News, Offer, check_bound, parse_offer, read, some
 from tether.swarm.engine.engine import Engine
-from tether.swarm.feeds.entries import Content, applied
-from tether.swarm.feeds.heads import Head, parse_head
+from tether.swarm.feeds.entries import Content
+from tether.swarm.feeds.heads import parse_head
 from tether.swarm.feeds.log import FeedCopy, LogPart
 from tether.swarm.feeds.state import FATAL, TAKEN, FeedState, FeedStates, Verdict, judge
 from tether.swarm.feeds.tree import FeedTree, Growth
@@ -74,6 +73,7 @@ class FollowedFeed:
         self.publisher, self._with = publisher, following
         self._copies = FeedCopies(following.engine_of, following.folder, self._told)
         self._comparing = Comparing(self._copies, following.clock)
+        self._proving = Proving(publisher, self._copies)
         self._lock, self._saving = asyncio.Lock(), asyncio.Lock()
         self._event, self._wake = asyncio.Event(), asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -215,22 +215,9 @@ class FollowedFeed:
             self._saved = self._taken = await asyncio.to_thread(self._with.states.load, self.publisher)
         known = self._taken.known
         if self.content is None and known is not None:
-            self.content, self._tree = await self._remembered(known)
+            self.content, self._tree = await self._proving.remembered(known)
             if self.content is not None and self._tells_known:
                 self._tell(self.content, (), Verdict.SAME, known.length)
-
-    async def _remembered(self, known: Head) -> tuple[Content | None, FeedTree]:
-        """What the copy here says at the head that is known; None: it is damaged, or gone."""
-        try:
-            copy = await self._copies.of(known.core)
-            if await copy.length() >= known.length:
-                part = await copy.read(FeedTree(), known.length)
-                if part.tree.root() == known.root:
-                    content, _ = await asyncio.to_thread(applied, Content(), part.sound().changes)
-                    return content, part.tree
-        except (EngineError, MalformedFeedError, PeerUnreachableError) as error:
-            log.info("the copy of a feed is fetched again", publisher=self.publisher, error=str(error))
-        return None, FeedTree()
 
     def _told(self) -> None:
         """It grew, or its connection ended: no reason to shorten a pause."""
@@ -252,7 +239,7 @@ class FollowedFeed:
             raise await self._refuse(verdict, offer.signed, self.publisher)
         if head.fork:
             raise MalformedFeedError("the feed's history was cut off once: its lab has to begin it anew")
-        shown = await self._proven(offer)
+        shown = await self._proving.proven(offer, self._taken.known, FeedTree() if self.content is None else self._tree)
         verdict = judge(self._taken, head, shown.marked, self._with.clock())
         if shown.tree.root() != head.root:
             verdict = Verdict.FORKED
@@ -262,44 +249,6 @@ class FollowedFeed:
         copy = await self._copies.of(head.core)
         await copy.connect(offer.server)
         return copy
-
-    async def _proven(self, offer: Offer) -> LogPart:
-        """What the publisher's blocks prove. A copy that does not fit, or go on, says nothing against it: all is fetched beside it.
-
-        Raises: TetherError; PeerUnreachableError: the publisher does not show what it signed.
-        """
-        core, problem = offer.head.core, "it is another history"
-        try:
-            shown = await self._shown(await self._copies.of(core), offer, self._tree if self._goes_on(offer) else FeedTree())
-            if self._fits(shown, offer):
-                return shown
-        except (TimeoutError, EngineError) as error:
-            problem = str(error)
-        log.info("a copy of a feed does not go on: it is fetched again", publisher=self.publisher, error=problem)
-        try:
-            shown = await self._shown(await self._copies.beside(core), offer, FeedTree())
-        except TimeoutError:
-            raise PeerUnreachableError(
-                f"the lab signed that its feed has {offer.head.length} blocks, and does not show them; it is asked again"
-            ) from None
-        if self._fits(shown, offer):
-            await self._copies.replace(core)
-        return shown
-
-    def _goes_on(self, offer: Offer) -> bool:
-        known = self._taken.known
-        return known is not None and known.core == offer.head.core and self.content is not None
-
-    def _fits(self, shown: LogPart, offer: Offer) -> bool:
-        known = self._taken.known
-        contained = known is None or known.core != offer.head.core or shown.marked == known.root
-        return contained and shown.tree.root() == offer.head.root
-
-    async def _shown(self, copy: FeedCopy, offer: Offer, before: FeedTree) -> LogPart:
-        await copy.connect(offer.server)
-        head, known = offer.head, self._taken.known
-        await copy.reach(head.length)
-        return await copy.read(before, head.length, known.length if known is not None and known.core == head.core else None)
 
     async def _take(self, verdict: Verdict, offer: Offer, shown: LogPart) -> None:
         """Raises: MalformedFeedError: nothing of it counts; FeedRefusedError."""

@@ -179,6 +179,13 @@ class Lender:
         self._line = line
         self._retell()
 
+    def retire(self) -> None:
+        """Before `aclose`: register nowhere, and begin no request any more. Those that wait for a slot run elsewhere."""
+        for lab in self._labs.values():
+            lab.turnstile.leave()
+            if lab.task is not None:
+                lab.task.cancel()
+
     async def aclose(self) -> None:
         """Register nowhere any more: the other labs hear nothing, and drop this one."""
         self._line = None
@@ -198,11 +205,13 @@ class Lender:
             task = self._labs.pop(key).task
             if task is not None:
                 task.cancel()
+            self._line.readying.stop(key)
         for key, lending in lendings.items():
             if key not in self._labs:
                 self._line.welcome(key)
             lab = self._labs.setdefault(key, _Registration(lending))
             if lab.task is None or lab.lending != lending:
+                self._line.readying.stop(key)  # what the terms are still for, is asked for again
                 lab.lending, lab.told, lab.error = lending, None, None
                 lab.moved.set()
             if lab.task is None:
@@ -256,6 +265,8 @@ class Lender:
         if lab.error is None or lab.error.code != error.code:
             log.warning("workers are not lent", to=key, code=error.code, error=str(error))
         lab.told, lab.error = None, error
+        if isinstance(error, ForbiddenError) and self._line is not None:  # it takes none any more
+            self._line.readying.stop(key)
         lab.moved.set()
         lab.moved.clear()
 

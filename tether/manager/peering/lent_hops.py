@@ -9,8 +9,10 @@ from tether.errors import (
     ForbiddenError,
     LoadFailedError,
     MalformedRequestError,
+    ManagerLeavingError,
     NotFoundError,
     NoWorkerError,
+    PeerLeavingError,
     PeerNotFoundError,
     PeerUnreachableError,
     ProtocolError,
@@ -31,8 +33,18 @@ _NAMED: Final = b'{"model_name":"'
 """How an answer of ours begins."""
 _BINARY: Final = b'"binary_data_size"'
 _OK: Final = 200
-_NOT_THERE = (PeerNotFoundError, PeerUnreachableError, NoWorkerError, LoadFailedError, QueueFullError, NotFoundError, ForbiddenError)
-"""It ran nothing: it was not reached, has no room, or has the version no more; another worker may."""
+_NOT_THERE = (
+    PeerNotFoundError,
+    PeerUnreachableError,
+    PeerLeavingError,
+    ManagerLeavingError,
+    NoWorkerError,
+    LoadFailedError,
+    QueueFullError,
+    NotFoundError,
+    ForbiddenError,
+)
+"""It ran nothing: it was not reached, is about to end, has no room, or has the version no more; another worker may."""
 _UNKNOWN = (ServiceUnavailableError, WorkerLostError)
 """It may have run it."""
 

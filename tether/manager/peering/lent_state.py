@@ -170,6 +170,14 @@ class LentState:
         else:
             lab.due, lab.pause = now + lab.pause, min(2 * lab.pause, _AT_LAST)
 
+    def leaves(self, peer: str, now: float) -> bool:
+        """It is about to end, and takes no request any more; whether it was up."""
+        lab = self._labs.get(peer)
+        if lab is None or not lab.is_up:
+            return False
+        self._down(lab, now)
+        return True
+
     def turn(self, now: float) -> Turn:
         """To be called some times a second. Time in which it was not called is nobody's silence: answers may wait to be heard."""
         missed = now - self._turned

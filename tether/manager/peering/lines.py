@@ -48,6 +48,11 @@ class Lines:
         """Whether anything is lent, and can be: a reason to be on the swarm."""
         return self._workers is not None and bool(self._lendings.all())
 
+    @property
+    def borrowers(self) -> set[str]:
+        """Keys of the labs that its people lend workers to."""
+        return {each.publisher for each in self._lendings.all()}
+
     def handlers(self) -> dict[str, Operation]:
         """What people ask of it, by name."""
         return self._lender.handlers() | {"borrowings": self.borrower.borrowings}
@@ -74,6 +79,11 @@ class Lines:
         if self._workers is not None:
             self._readying = Readying(self._operations.repository, pulling, ask, self._workers, changed)
             self._lender.begin(Line(node.request, node.welcome, self._readying))
+
+    async def retire(self, grace: float) -> None:
+        """It is about to leave the swarm: no request begins any more, either way, those at other labs have `grace` seconds."""
+        self._lender.retire()
+        await self.borrower.retire(grace)
 
     async def aclose(self) -> None:
         """It leaves the swarm."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tether.runtimes.inspecting import inspect_in_sandbox, limits_for
 from tether.security.volatile import VolatileFolder
 from tether.store import Manifest, Repository
 from tether.store.packing.disk import disk_errors
+from tether.store.replicas.cache import CacheBudget, default_nbytes
 from tether.types import Digest
 
 __all__ = ["InThread", "check_trust", "is_data", "look"]
@@ -47,10 +48,12 @@ def check_trust(repository: Repository, name: str, publisher: str, manifest: Man
 
 
 async def look(repository: Repository, digest: Digest, public: Manifest, workspace: Path, in_thread: InThread) -> None:
-    """Open the files of a version, which are all here, in the sandbox, and run its example there; nothing of it stays.
+    """Open the files of a version, which are all here, in the sandbox, and run its example there.
 
-    One of code formats is not looked at: its publisher is trusted. An encrypted one that this lab can't open is not, either; one that it
-    can is looked at in memory. `workspace`: a folder for what is in between.
+    Of a good one the files stay where workers look for them, as long as there is room for checkouts: the first that loads it need not write
+    them once more, only verify them, as always. One of code formats is not looked at: its publisher is trusted. An encrypted one that this
+    lab can't open is not, either; one that it can is looked at in memory, and nothing of it stays. `workspace`: a folder for what is in
+    between.
 
     Raises: BadModelError and its kin: it is not what it says, or must not be loaded; NoSpaceError, StoreError, ConfigError.
     """
@@ -60,13 +63,37 @@ async def look(repository: Repository, digest: Digest, public: Manifest, workspa
         manifest = await in_thread(repository.manifest, digest)
     except (LockedModelError, ClusterKeyMissingError):
         return
-    try:
-        folder = await in_thread(repository.checkout, digest)
-        with _scratch(workspace, in_memory=public.encryption is not None) as scratch:
-            example = await in_thread(_copied_example, folder, scratch)
-            await _inspect(folder, manifest, example, scratch)
-    finally:
-        await in_thread(repository.discard, digest)
+    with ExitStack() as pinned:
+        await in_thread(_pin, repository, digest, pinned)
+        try:
+            folder = await in_thread(repository.checkout, digest)
+            with _scratch(workspace, in_memory=public.encryption is not None) as scratch:
+                example = await in_thread(_copied_example, folder, scratch)
+                await _inspect(folder, manifest, example, scratch)
+        except BaseException:
+            await in_thread(repository.discard, digest)
+            raise
+        if public.encryption is not None:
+            await in_thread(repository.discard, digest)
+    await in_thread(_make_room, repository)
+
+
+def _budget(repository: Repository) -> CacheBudget:
+    """What checkouts may have: never more than is free."""
+    nbytes = min(default_nbytes(repository.root), shutil.disk_usage(repository.root).free)
+    return CacheBudget(repository, nbytes, checkouts_only=True)
+
+
+def _pin(repository: Repository, digest: Digest, pinned: ExitStack) -> None:
+    """Keep a worker, or another look, from making room by what is looked at."""
+    with disk_errors(repository.root):
+        pinned.enter_context(_budget(repository).pin(digest))
+
+
+def _make_room(repository: Repository) -> None:
+    """Let the longest unused checkouts go, as far as need be; the one that was just made goes last."""
+    with disk_errors(repository.root):
+        _budget(repository).make_room()
 
 
 def _copied_example(folder: Path, scratch: Path) -> Path | None:

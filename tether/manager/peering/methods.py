@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import struct
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -32,8 +32,8 @@ _DIGEST_NBYTES: Final = 32
 _MOST_RESOLVED: Final = 4096
 _MOST_WAIT: Final = 30.0
 """Seconds for which a question about models may stay open: a peer that is gone without a word is forgotten then."""
-_MOST_HEADER: Final = 16 << 20
-"""Bytes of an inference's JSON, which has to be here as a whole; tensors behind it have not."""
+_MOST_HEADER: Final = Limits().body_nbytes
+"""Bytes of an inference's JSON, which has to be here as a whole; tensors behind it have not. Without those it is all that there is."""
 _Length: Final = struct.Struct("<I")
 Asked = TypeVar("Asked")
 
@@ -190,9 +190,17 @@ class Methods:
         self.on_admitted(call.peer)
         return orjson.dumps(admitted)
 
-    async def _ping(self, call: Call, _: bytes) -> bytes:
-        seen = await self._seen(call)
-        answer = {"publisher": self._publisher, "time": time.time(), "models": len(seen), "serves": self._gateway.is_there}
+    def _ping(self, call: Call, _: bytes) -> bytes | Awaitable[bytes]:
+        """At once, where the catalog's rows are here: labs that lend each other workers ask each second."""
+        rows = self._rows
+        return self._pinged_later(call) if rows is None else self._pinged(call, rows)
+
+    async def _pinged_later(self, call: Call) -> bytes:
+        return self._pinged(call, await self._listed())
+
+    def _pinged(self, call: Call, rows: Iterable[dict[str, Any]]) -> bytes:
+        seen = len(self._shown(call, rows))
+        answer = {"publisher": self._publisher, "time": time.time(), "models": seen, "serves": self._gateway.is_there}
         vitals = None if self.lender is None else self.lender.pinged(call.peer)
         return orjson.dumps(answer if vitals is None else answer | {"lent": msgspec.to_builtins(vitals)})
 
@@ -201,21 +209,25 @@ class Methods:
     async def _models(self, call: Call, value: bytes) -> bytes:
         asked = _asked(value, _Models)
         if asked.name is not None:
-            return orjson.dumps({"model": await self._ask("model", name=await self._check(call, asked.name))})
+            return orjson.dumps({"model": _shown(await self._ask("model", name=await self._check(call, asked.name)))})
         end = asyncio.get_running_loop().time() + min(asked.wait, _MOST_WAIT)
         while True:
             changed = self._changed
-            rows = [row for row in await self._seen(call) if asked.names is None or row["name"] in asked.names]
+            rows = [row for row in self._shown(call, await self._listed()) if asked.names is None or row["name"] in asked.names]
             state = blake3(orjson.dumps(rows)).hexdigest(8)
             if state != asked.seen or self._is_leaving or not await _within(changed, end):
                 return orjson.dumps({"models": rows, "state": state})
 
-    async def _seen(self, call: Call) -> list[dict[str, Any]]:
+    async def _listed(self) -> list[dict[str, Any]]:
         changed, rows = self._changed, self._rows
         if rows is None:
-            rows = await self._ask("models")
+            rows = [_shown(row) for row in await self._ask("models")]
             if changed is self._changed:
                 self._rows = rows
+        return rows
+
+    def _shown(self, call: Call, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the caller may know of."""
         return [row for row in rows if self.may(call.peer, "models", row["name"])]
 
     async def _manifest(self, call: Call, value: bytes) -> bytes:
@@ -365,6 +377,11 @@ def _asked(value: bytes, kind: type[Asked]) -> Asked:
         return msgspec.json.decode(value or b"{}", type=kind)
     except msgspec.DecodeError as error:
         raise MalformedRequestError(f"the value is not what this method takes: {error}") from None
+
+
+def _shown(model: dict[str, Any]) -> dict[str, Any]:
+    """What others see of a model: how this lab serves it is its own matter."""
+    return {key: value for key, value in model.items() if key != "serving"}
 
 
 def _url_name(ref: ModelRef) -> str:

@@ -46,7 +46,8 @@ from tether.manager.peering.subscriptions import Subscriptions
 from tether.manager.settings import ManagerSettings, relay_keys
 from tether.security.addresses import Address, Link
 from tether.swarm.blobs.blobs import PeerBlobs
-from tether.swarm.engine.engine import EngineSettings, check_installed
+from tether.swarm.engine.engine import EngineSettings
+from tether.swarm.engine.interpreter import check_installed
 from tether.swarm.node.node import ConnectionLimits, NodeSettings
 from tether.swarm.relaying.relay import RelayLimits
 from tether.swarm.rpc.rpc import Incoming, Outgoing
@@ -108,6 +109,7 @@ class Peering:
             lines,
             StagedShares(operations.repository, settings.data.run / "staged.log", settings.max_staged_nbytes),
             signal.fire,
+            settings.surplus,
         )
         self._presence: Presence | None = None
         self._called = set[str]()

@@ -21,6 +21,7 @@ from tether.manager.peering.feeds import FollowedFeed, Following, News, OwnFeed
 from tether.manager.peering.gateway import Gateway
 from tether.manager.peering.handing_on import HandingOn, HandingOnSide
 from tether.manager.peering.keeping import Kept, Surroundings
+from tether.manager.peering.leaving import GRACE
 from tether.manager.peering.lines import Lines
 from tether.manager.peering.members import Members
 from tether.manager.peering.methods import Ask, Methods
@@ -65,6 +66,8 @@ class LabSide:
     staged: StagedShares
     changed: Callable[[], None]
     """To be called when the catalog was changed by what came from others."""
+    surplus: float = GRACE
+    """Seconds for which a copy has to be one too many before it is dropped."""
 
     def follows(self, peer: str) -> bool:
         """Whether the user follows this key, or keeps what it has."""
@@ -79,11 +82,12 @@ class LabSide:
         return Standing.KNOWN if access.scopes(peer) or self.follows(peer) or self.members.knows(peer) else Standing.UNKNOWN
 
     def acquaintances(self) -> set[str]:
-        """Keys that its people let in, gave a name, or follow. Blocks."""
+        """Keys that its people let in, gave a name, follow, or lend workers to. Blocks."""
         let_in = {peer.key for peer in self.operations.access.peers() if peer.scopes}
         followed = {key for each in self.subscriptions.all() for key in (each.publisher, *each.via)}
         held = {each.publisher for each in self.agreements.holdings}
-        return (let_in | followed | held | self.operations.repository.publishers().keys()) - {self.operations.public}
+        named = self.operations.repository.publishers().keys()
+        return (let_in | followed | held | named | self.lines.borrowers) - {self.operations.public}
 
 
 class Presence:
@@ -139,7 +143,7 @@ class Presence:
     async def retire(self, grace: float) -> None:
         """Before `aclose`: what peers ask is not begun any more, what runs ends within `grace` seconds."""
         self._methods.leave()
-        await self.node.retire(grace)
+        await asyncio.gather(self._lab.lines.retire(grace), self.node.retire(grace))
 
     async def aclose(self) -> None:
         """Take leave and close everything."""
@@ -264,7 +268,8 @@ class Presence:
         def say() -> None:
             self._do(asyncio.create_task(self.own_feed.changed()))
 
-        return CopyingSide(operations.public, operations.repository, operations.access, lab.agreements, lab.members, ask, self.hold, say)
+        own, repository, access = operations.public, operations.repository, operations.access
+        return CopyingSide(own, repository, access, lab.agreements, lab.members, ask, self.hold, say, lab.surplus)
 
     def _following(self, publisher: str, on_content: Callable[[str, News], None]) -> Following:
         async def ask() -> Mapping[str, Any]:

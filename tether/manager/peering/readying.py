@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -23,6 +24,8 @@ __all__ = ["Readiness", "Readying", "Wanted"]
 log = structlog.get_logger("tether.manager")
 _MOST: Final = 64
 """Versions that are made ready at a time: each may be a download and a sandbox."""
+_UNASKED: Final = 15.0
+"""Seconds after which what nobody asks for any more is not made ready: who wants it asks again as soon as it is answered."""
 
 Ask = Callable[[str, str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 """Peer, method, JSON value → JSON value. Raises: TetherError."""
@@ -57,6 +60,34 @@ class Readiness(msgspec.Struct, frozen=True):
     """Code and text: why it can't be made ready."""
 
 
+@dataclass(slots=True)
+class _Job:
+    """A version that is being made ready."""
+
+    task: asyncio.Task[None]
+    asking: int = 0
+    """Questions that wait for it."""
+    alarm: asyncio.TimerHandle | None = None
+    """Ends it, while there are none."""
+
+    def asked(self) -> None:
+        """One more waits for it."""
+        self.asking += 1
+        self.unwind()
+
+    def answered(self) -> None:
+        """One less."""
+        self.asking -= 1
+        if not self.asking and not self.task.done():
+            self.alarm = asyncio.get_running_loop().call_later(_UNASKED, self.task.cancel)
+
+    def unwind(self) -> None:
+        """It does not end for want of questions."""
+        if self.alarm is not None:
+            self.alarm.cancel()
+            self.alarm = None
+
+
 class Readying:
     """Of one lab. Belongs to one event loop."""
 
@@ -64,34 +95,50 @@ class Readying:
         """`changed`: to be called when the catalog is another one."""
         self._repository, self._pulling, self._ask = repository, pulling, ask
         self._workers, self._changed = workers, changed
-        self._jobs: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._jobs: dict[tuple[str, str], _Job] = {}
+        """By publisher and digest."""
 
     async def aclose(self) -> None:
         """Make nothing ready any more; what came stays."""
-        for job in self._jobs.values():
-            job.cancel()
-        await asyncio.gather(*self._jobs.values(), return_exceptions=True)
+        tasks = [job.task for job in self._jobs.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def stop(self, publisher: str) -> None:
+        """Make nothing of this publisher's ready any more; what came stays."""
+        for (whose, _), job in self._jobs.items():
+            if whose == publisher:
+                job.task.cancel()
 
     async def record(self, publisher: str, wanted: Wanted) -> VersionRecord | None:
         """The version, if it is here."""
         return await asyncio.to_thread(self._record, publisher, wanted)
 
     async def ready(self, publisher: str, wanted: Wanted, wait: float) -> TetherError | None:
-        """Have it made ready, and wait for that, or so long; why it can't be. One is made ready once, however many ask for it."""
+        """Have it made ready, and wait for that, or so long; why it can't be. One is made ready once, however many ask for it, and no
+        longer than somebody asks.
+        """
         key = (publisher, wanted.digest)
         job = self._jobs.get(key)
         if job is None:
             if len(self._jobs) >= _MOST:
                 return QueueFullError(f"{_MOST} versions are being made ready here: ask again later")
-            job = self._jobs[key] = asyncio.create_task(self._make_ready(publisher, wanted), name=f"ready-{wanted.digest[:8]}")
-            job.add_done_callback(lambda done: self._ended(key, done))
-        await asyncio.wait([job], timeout=wait)
-        return _error_of(job) if job.done() and not job.cancelled() else None
+            task = asyncio.create_task(self._make_ready(publisher, wanted), name=f"ready-{wanted.digest[:8]}")
+            job = self._jobs[key] = _Job(task)
+            task.add_done_callback(lambda _: self._ended(key))
+        job.asked()
+        try:
+            await asyncio.wait([job.task], timeout=wait)
+        finally:
+            job.answered()
+        return _error_of(job.task) if job.task.done() and not job.task.cancelled() else None
 
-    def _ended(self, key: tuple[str, str], job: asyncio.Task[None]) -> None:
-        del self._jobs[key]
-        if not job.cancelled():
-            job.exception()  # who asked may be gone; asked again, it is tried again
+    def _ended(self, key: tuple[str, str]) -> None:
+        job = self._jobs.pop(key)
+        job.unwind()
+        if not job.task.cancelled():
+            job.task.exception()  # who asked may be gone; asked again, it is tried again
 
     async def _make_ready(self, publisher: str, wanted: Wanted) -> None:
         record = await self.record(publisher, wanted) or await self._bring(publisher, wanted)

@@ -5,6 +5,9 @@ to give each other. A blob is asked of whoever will have sent it first, judged b
 other has it, or all others are far slower, and then by one of those who fetch, which is drawn by lot: so the origin sends little more than
 one copy where a few fetch, and two where 64 do (`benchmarks/swarm_scale`). What a peer sends is not believed: `lied` is for the first wrong
 blob, and there is no second.
+
+What one lab does not know yet must not cost the origin a copy: labs that are only being connected to have their part too, and who is done
+with its own waits, twice as long as the origin takes for a blob, before it asks for another's.
 """
 
 from __future__ import annotations
@@ -32,12 +35,14 @@ _MIN_WINDOW, _MAX_WINDOW = 4 << 20, 32 << 20
 _WEIGHT = 0.3
 """Of the latest blob in the estimate of a peer's rate."""
 _PATIENCE = 2.0
-"""Seconds, and four times what the fastest peer would take, after which another one is asked as well."""
+"""Seconds, and four times what the fastest that gave something would take, after which another one is asked as well."""
 _TIMES = 4.0
 _TOO_SLOW = 2.0
 """Seconds, and four times the origin's, that the others may take before the origin is asked for what they have."""
-_CLAIM = 2.0
+_CLAIM = 3.0
 """Seconds without a new blob after which a lab counts as fetching no longer, and what is its part as anybody's."""
+_IDLE = 2.0
+"""Times what the origin takes for a blob, and at most as many seconds, for which a lab with nothing under way leaves others their parts."""
 _RESTS = (0.1, 0.4, 1.0, 2.0, 10.0)
 """Seconds that a peer is left alone after failures in a row."""
 
@@ -68,6 +73,8 @@ class _Peer:
     """Of these."""
     last: float = -math.inf
     """When it last gave something."""
+    took: float = math.inf
+    """Seconds from an asking to a large blob, smoothed: askings of others that wait at the peer are in it, as they are not in `rate`."""
     failures: int = 0
     resting: float = -math.inf
 
@@ -99,6 +106,10 @@ class Sources:
         """`own`: this lab's key: its order among equally rare blobs. `downlink`: the cap that all downloads share."""
         self._count, self._version, self._downlink = count, version, downlink or TokenBucket()
         self._peers: dict[str, _Peer] = {}
+        self._expected: dict[str, tuple[npt.NDArray[np.float64], float]] = {}
+        """Lots of those that are being connected to, and since when."""
+        self._busy_at: float | None = None
+        """When something was under way, or could have been, as far as `next` has seen."""
         self._liars: set[str] = set()
         self._available = np.zeros(count, np.int32)
         self._lots = self._drawn(own)
@@ -120,11 +131,16 @@ class Sources:
 
     # --- who has what
 
+    def expected(self, peers: Iterable[str], now: float) -> None:
+        """They may join soon: what is their part is left to them, for as long as to one that just came."""
+        self._expected |= {peer: (self._drawn(peer), now) for peer in peers}
+
     def joined(self, peer: str, has: Sequence[bool], now: float, *, is_origin: bool = False) -> None:
         """It is connected and says which blobs it has; what it said before is forgotten. A bitmap of another length says nothing.
 
         `is_origin`: it published the version, and all who want it come to it.
         """
+        self._expected.pop(peer, None)
         if peer in self._liars:
             return
         bits = np.array(has, np.bool_) if len(has) == self._count else np.zeros(self._count, np.bool_)
@@ -145,7 +161,8 @@ class Sources:
                 self._available[index] += 1
 
     def left(self, peer: str) -> list[int]:
-        """It is gone; gives what it was asked for: to be asked elsewhere."""
+        """It is gone, or does not come; gives what it was asked for: to be asked elsewhere."""
+        self._expected.pop(peer, None)
         known = self._peers.pop(peer, None)
         if known is None:
             return []
@@ -168,7 +185,9 @@ class Sources:
         """All that is to be asked now. `missing`: indices that nobody is asked for; `nbytes`: of each blob of the version."""
         out: list[Asking] = []
         wanted = np.array(self.order(missing), np.int64)
-        by_others, by_origins = self._askable(now, min(nbytes, default=0), max(nbytes, default=0))
+        if self._busy_at is None or self._is_busy:
+            self._busy_at = now
+        by_others, by_origins = self._askable(now, np.array(nbytes, np.int64))
         wanted = wanted[(by_others | by_origins)[wanted]]
         if not wanted.size:
             return out
@@ -182,15 +201,16 @@ class Sources:
                 out.append(asking)
         return out
 
-    def _askable(self, now: float, smallest: int, largest: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    def _askable(self, now: float, nbytes: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """What `ask` may ask others for, and what origins, and little else: `next` runs for each blob that comes, and few are ours.
 
         An origin has room most of the time, and is not asked for what another one has who is not far slower: without `near` each blob of a
         large version would be gone through, each time, to find just that.
         """
         here = [peer for peer in self._peers.values() if peer.resting <= now]
+        smallest, largest = int(nbytes.min(initial=_MAX_WINDOW)), int(nbytes.max(initial=0))
         limit = max(_TOO_SLOW, _TIMES * min((peer.expected(smallest) for peer in here if peer.is_origin), default=math.inf))
-        by_origins, by_others, others, near, claimed = (np.zeros(self._count, np.bool_) for _ in range(5))
+        by_origins, by_others, others, near = (np.zeros(self._count, np.bool_) for _ in range(4))
         for peer in here:
             if peer.has_room(smallest):
                 having = by_origins if peer.is_origin else by_others
@@ -199,11 +219,18 @@ class Sources:
                 others |= peer.has
                 if peer.expected_at_most(largest) <= limit:
                     near |= peer.has
-        if any(peer.asked for peer in self._peers.values()):
-            for peer in self._peers.values():
-                if peer.is_fetching(now):
-                    claimed |= (peer.lots < self._lots) & ~peer.has
-        return by_others, by_origins & ~near & (others | ~claimed)
+        return by_others, by_origins & ~near & (others | ~self._claimed(now) | (nbytes <= self._takes_over(now)))
+
+    def _claimed(self, now: float) -> npt.NDArray[np.bool_]:
+        """What another one who fetches too is about to get from the origin and to give."""
+        claimed = np.zeros(self._count, np.bool_)
+        for peer in self._peers.values():
+            if peer.is_fetching(now):
+                claimed |= (peer.lots < self._lots) & ~peer.has
+        for lots, since in self._expected.values():
+            if now - since < _CLAIM:
+                claimed |= lots < self._lots
+        return claimed
 
     def ask(self, index: int, nbytes: int, now: float) -> Asking | None:
         """Ask somebody for a blob; somebody else each time. None: nobody has it and room now."""
@@ -225,21 +252,37 @@ class Sources:
         if others and having[others[0]].expected(nbytes) <= limit:
             chosen = others
         else:
-            chosen = [] if origins and self._is_anothers(index, now) else quickest
+            chosen = [] if origins and self._is_anothers(index, nbytes, now) else quickest
         return next((name for name in chosen if having[name].has_room(nbytes)), None)
 
-    def _is_anothers(self, index: int, now: float) -> bool:
-        """Whether another one who fetches too is about to get it from the origin and to give it; not if there is nothing else to do."""
-        if not any(peer.asked for peer in self._peers.values()):
+    def _is_anothers(self, index: int, nbytes: int, now: float) -> bool:
+        """As `_claimed`, of one; not if there was nothing else to do for a while."""
+        if nbytes <= self._takes_over(now):
             return False
-        return any(peer.lots[index] < self._lots[index] for peer in self._peers.values() if not peer.has[index] and peer.is_fetching(now))
+        own = self._lots[index]
+        fetching = (peer for peer in self._peers.values() if not peer.has[index] and peer.lots[index] < own)
+        coming = (since for lots, since in self._expected.values() if lots[index] < own)
+        return any(peer.is_fetching(now) for peer in fetching) or any(now - since < _CLAIM for since in coming)
+
+    @property
+    def _is_busy(self) -> bool:
+        return any(peer.asked for peer in self._peers.values())
+
+    def _takes_over(self, now: float) -> float:
+        """Up to how many bytes a blob is asked for though it is another's part: more, the longer nothing is under way."""
+        if self._busy_at is None or self._is_busy:
+            return 0.0
+        idle = now - self._busy_at
+        rate = min((peer.rate for peer in self._peers.values() if peer.is_origin), default=_FIRST_RATE)
+        return math.inf if idle >= _IDLE else idle / _IDLE * rate
 
     def stalled(self, now: float) -> list[int]:
         """What has been asked for too long ago by all that were asked: ask another one as well; the first that comes counts."""
         late: dict[int, bool] = {}
-        best = max((peer.rate for peer in self._peers.values()), default=_FIRST_RATE)
+        best = max((peer.rate for peer in self._peers.values() if peer.last > -math.inf), default=_FIRST_RATE)
+        took = min((peer.took for peer in self._peers.values() if peer.took < math.inf), default=0.0)
         for peer in [each for each in self._peers.values() if each.asked]:
-            patience = max(_PATIENCE, _TIMES * peer.nbytes / best)
+            patience = max(_PATIENCE, _TIMES * peer.nbytes / best, _TIMES * took)
             for index, (_, asked) in peer.asked.items():
                 late[index] = late.get(index, True) and now - max(asked, peer.last) >= patience
         return sorted(index for index, is_late in late.items() if is_late)
@@ -253,6 +296,8 @@ class Sources:
             nbytes, asked = known.asked[index]
             seconds = max(now - max(asked, known.last), 1e-4)
             known.rate = max(_SLOWEST, known.rate + _WEIGHT * (nbytes / seconds - known.rate))
+            if nbytes >= _MIN_WINDOW // 2:
+                known.took = now - asked if known.took == math.inf else known.took + _WEIGHT * (now - asked - known.took)
             known.last, known.failures = now, 0
         others = [name for name, other in self._peers.items() if index in other.asked and name != peer]
         for name in others:

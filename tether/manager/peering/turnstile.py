@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final
 
-from tether.errors import QueueFullError
+from tether.errors import ManagerLeavingError, QueueFullError
 
 __all__ = ["Turnstile"]
 
@@ -26,6 +26,7 @@ class Turnstile:
         self._running = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._mean = 0.0
+        self._is_leaving = False
 
     @property
     def free(self) -> int:
@@ -42,9 +43,17 @@ class Turnstile:
         self.slots = slots
         self._admit()
 
+    def leave(self) -> None:
+        """This manager is about to end: nobody gets a slot any more, and who waits for one has run nothing."""
+        self._is_leaving = True
+        waiting, self._waiting = self._waiting, deque()
+        for place in waiting:
+            if not place.done():
+                place.set_exception(_leaving())
+
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Have a slot in the body. Raises: QueueFullError: too many wait."""
+        """Have a slot in the body. Raises: QueueFullError: too many wait; ManagerLeavingError."""
         await self._enter()
         clock = asyncio.get_running_loop().time
         began = clock()
@@ -56,6 +65,8 @@ class Turnstile:
             self._leave()
 
     async def _enter(self) -> None:
+        if self._is_leaving:
+            raise _leaving()
         if self._running < self.slots:
             self._running += 1
             return
@@ -69,7 +80,7 @@ class Turnstile:
             if place.cancelled():
                 with contextlib.suppress(ValueError):
                     self._waiting.remove(place)
-            else:  # it was this one's turn just now
+            elif place.exception() is None:  # it was this one's turn just now
                 self._leave()
             raise
 
@@ -83,3 +94,7 @@ class Turnstile:
             if not place.done():
                 self._running += 1
                 place.set_result(None)
+
+
+def _leaving() -> ManagerLeavingError:
+    return ManagerLeavingError("the manager of the lab that lends is about to end and ran nothing: ask another worker")

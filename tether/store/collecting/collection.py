@@ -93,6 +93,8 @@ class Inventory:
     """Manifests that no version has any more, and since when."""
     lingering: Mapping[Digest, float] = field(default_factory=dict)
     """Blobs that those name, and since when the last of them is forgotten."""
+    only: Collection[Digest] | None = None
+    """Blobs of which alone any may go; None: all may."""
     claims: Mapping[str, tuple[Claim, ...]] = field(default_factory=dict)
     """Of other stores, by pack."""
     unreadable: tuple[str, ...] = ()
@@ -168,7 +170,8 @@ def plan(inventory: Inventory, now: float, grace: float = GRACE) -> Plan:
         return Plan((), (), (), (), needs, inventory.unreadable)
     sources = [Source(pack, *holds.divided(pack)) for pack in inventory.packs]
     unneeded = [source.pack for source in sources if not source.keep and not holds.is_young(source.pack)]
-    rewrites = tuple(_rewrites([source for source in sources if source.keep], inventory.claims))
+    mixed = [source for source in sources if source.keep and (source.dead or inventory.only is None)]
+    rewrites = tuple(_rewrites(mixed, inventory.claims))
     return Plan(
         manifests=tuple(digest for digest, since in inventory.forgotten.items() if since + grace <= now),
         drops=tuple(pack for pack in unneeded if pack.name not in inventory.claims),
@@ -206,11 +209,12 @@ class _Holds:
     def __init__(self, inventory: Inventory, now: float, grace: float) -> None:
         self._now, self._grace = now, grace
         self._named = frozenset(inventory.named)
+        self._only = None if inventory.only is None else frozenset(inventory.only)
         self._promised = {digest: since + PROMISE for digest, since in inventory.promised.items()}
         self._lingering = {digest: since + grace for digest, since in inventory.lingering.items()}
 
     def until(self, digest: Digest) -> float:
-        if digest in self._named:
+        if digest in self._named or (self._only is not None and digest not in self._only):
             return math.inf
         return max(self._promised.get(digest, -math.inf), self._lingering.get(digest, -math.inf))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,23 +92,29 @@ class Collector:
         self._let_go = let_go
         self._collecting = threading.Lock()
 
-    def collect(self, *, dry_run: bool, grace: float = GRACE) -> GcReport:
-        """Raises: ConflictError: it runs already; StoreError: the disk refuses; what was done until then is done."""
+    def collect(self, *, dry_run: bool, grace: float = GRACE, dropped: Collection[Digest] | None = None) -> GcReport:
+        """`dropped`: as of `mark`.
+
+        Raises: ConflictError: it runs already; StoreError: the disk refuses; what was done until then is done.
+        """
         if not self._collecting.acquire(blocking=False):
             raise ConflictError("a garbage collection already runs in this store: wait for it")
         try:
-            marked = self.mark(grace, dry_run=dry_run)
+            marked = self.mark(grace, dry_run=dry_run, dropped=dropped)
             return planned(marked.plan, count_stray_seals(self._store, marked.plan)) if dry_run else self.sweep(marked)
         finally:
             self._collecting.release()
 
-    def mark(self, grace: float, *, dry_run: bool = False) -> Marked:
-        """Finish what an earlier collection left, enter what is unknown, decide. A dry run changes nothing."""
+    def mark(self, grace: float, *, dry_run: bool = False, dropped: Collection[Digest] | None = None) -> Marked:
+        """Finish what an earlier collection left, enter what is unknown, decide. A dry run changes nothing.
+
+        `dropped`: collect only what these manifests name, which are no version's any more.
+        """
         if not dry_run:
             self.finish()
             with suppress(NoSpaceError):  # the next one does; what is unknown is not deleted anyway
                 self._marker.adopt()
-        return self._marker.mark(grace, dry_run=dry_run)
+        return self._marker.mark(grace, dry_run=dry_run, dropped=dropped)
 
     def sweep(self, marked: Marked) -> GcReport:
         """Carry out the plan: deletions first, which need no space, then rewrites, the smallest first."""

@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from tether.errors import NoSpaceError, StoreError, TetherError
-from tether.store.collecting.collection import Inventory, Plan, StoredPack, plan
+from tether.store.collecting.collection import GRACE, Inventory, Plan, StoredPack, plan
 from tether.store.collecting.promises import Promises
 from tether.store.collecting.sharing import PackFolder
 from tether.store.faults import reach
@@ -81,8 +81,8 @@ class Marker:
         self._store = store
         self._looked = -math.inf
 
-    def mark(self, grace: float, *, dry_run: bool) -> Marked:
-        """Decide. A dry run changes nothing."""
+    def mark(self, grace: float, *, dry_run: bool, dropped: Collection[Digest] | None = None) -> Marked:
+        """Decide. A dry run changes nothing. `dropped`: only of these manifests, and of what they name."""
         store = self._store
         now, grace = store.clock(), max(grace, store.shared.least_grace)
         seen = self._seen()
@@ -92,7 +92,7 @@ class Marker:
         forgotten = seen.forgotten | dict.fromkeys(orphans, now)
         named, unreadable = self._named(seen.versions)
         if not dry_run and self._recover(named - {blob.digest for blobs in seen.packs.values() for blob in blobs}):
-            return self.mark(grace, dry_run=dry_run)
+            return self.mark(grace, dry_run=dry_run, dropped=dropped)
         claims, problems = store.shared.claims()
         packs = (StoredPack(name, self._nbytes(name), seen.written.get(name, now), blobs) for name, blobs in seen.packs.items())
         inventory = Inventory(
@@ -104,6 +104,8 @@ class Marker:
             claims=claims,
             unreadable=(*unreadable, *problems),
         )
+        if dropped is not None:
+            inventory = self._narrowed(inventory, dropped, now)
         reach("gc.mark")
         return Marked(frozenset(seen.versions), forgotten, plan(inventory, now, grace))
 
@@ -162,6 +164,13 @@ class Marker:
                 with suppress(TetherError):  # nobody can take back a deletion without it
                     lingering |= dict.fromkeys(self._store.manifest(digest).blobs(), since)
         return lingering
+
+    def _narrowed(self, inventory: Inventory, dropped: Collection[Digest], now: float) -> Inventory:
+        """To these manifests, and to what they name and no other one does whose deletion may be taken back."""
+        meant = {digest: since for digest, since in inventory.forgotten.items() if digest in dropped}
+        others = {digest: since for digest, since in inventory.forgotten.items() if digest not in dropped}
+        only = self._lingering(meant, -math.inf).keys() - self._lingering(others, now - GRACE).keys()
+        return replace(inventory, forgotten=meant, lingering={}, only=only)
 
     def look(self) -> int:
         """Enter what other stores wrote since; gives how many packs. At most once a second: a folder on another host is slow to list."""

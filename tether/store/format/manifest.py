@@ -257,6 +257,8 @@ def _canonical(manifest: Manifest) -> bytes:
     fields = msgspec.structs.asdict(manifest)
     if manifest.encryption is None:
         del fields["encryption"]  # not null: plain manifests keep the bytes, and so the digest, that they had before there was encryption
+    if not manifest.info.streams:  # as little: no manifest had it before models streamed
+        fields["info"] = {name: value for name, value in msgspec.structs.asdict(manifest.info).items() if name != "streams"}
     return msgspec.json.encode(fields, order="sorted")
 
 

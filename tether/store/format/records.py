@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from tether.serving_settings import DEFAULTS, ServingSettings
 from tether.types import Digest
 
 __all__ = ["AliasChange", "ModelRecord", "NewVersion", "Problem", "Published", "Report", "VersionRecord"]
@@ -37,6 +38,8 @@ class ModelRecord(msgspec.Struct, frozen=True):
     publisher: str
     versions: tuple[VersionRecord, ...]
     aliases: dict[str, int]
+    serving: ServingSettings = DEFAULTS
+    """How this lab serves it: no part of what was published."""
 
     @property
     def default(self) -> int:

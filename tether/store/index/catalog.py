@@ -21,10 +21,11 @@ from tether.errors import (
     UnknownModelError,
     UnknownVersionError,
 )
+from tether.serving_settings import DEFAULTS, ServingSettings
 from tether.store.faults import reach
 from tether.store.format.packs import Located, Location
 from tether.store.format.records import AliasChange, ModelRecord, NewVersion, VersionRecord
-from tether.store.index import collection_tables
+from tether.store.index import collection_tables, serving_tables
 from tether.store.index.key_tables import SCHEMA as KEY_SCHEMA
 from tether.store.index.rows import altered, located, location
 from tether.types import Digest, ModelRef, model_name
@@ -101,7 +102,7 @@ class Catalog:
         if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'blobs'").fetchone():
             # Without its index no pack counts as known: the repository scans them all again.
             self._db.executescript("DROP TABLE IF EXISTS packs")
-        self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {KEY_SCHEMA} {collection_tables.SCHEMA} COMMIT;")
+        self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {KEY_SCHEMA} {collection_tables.SCHEMA} {serving_tables.SCHEMA} COMMIT;")
 
     def guard(self, check: Callable[[], None]) -> None:
         """Do nothing that `check` raises at: it is called inside each transaction, when no other process can begin one."""
@@ -299,7 +300,9 @@ class Catalog:
     def models(self) -> list[ModelRecord]:
         """Those that have a version, sorted by name as in a URL."""
         with self._reading() as db:
-            found = [_model_record(db, *row) for row in db.execute("SELECT id, publisher, name FROM models").fetchall()]
+            said = serving_tables.read(db)
+            rows = db.execute("SELECT id, publisher, name FROM models").fetchall()
+            found = [_model_record(db, model, publisher, name, said.get((publisher, name), DEFAULTS)) for model, publisher, name in rows]
         return sorted((model for model in found if model.versions), key=lambda model: model.name)
 
     def versions_of(self, digest: Digest) -> list[VersionRecord]:
@@ -511,10 +514,10 @@ def _record(db: sqlite3.Connection, row: tuple[Any, ...]) -> VersionRecord:
         raise altered(f"its entry of a version of {str(name)[:64]!r}") from None
 
 
-def _model_record(db: sqlite3.Connection, model: int, publisher: str, name: str) -> ModelRecord:
+def _model_record(db: sqlite3.Connection, model: int, publisher: str, name: str, serving: ServingSettings) -> ModelRecord:
     query = f"{_VERSIONS} WHERE model = ? ORDER BY version"
     versions = tuple(_record(db, row) for row in db.execute(query, (model,)).fetchall())
-    return ModelRecord(_url_name(db, publisher, name), publisher, versions, _aliases(db, model))
+    return ModelRecord(_url_name(db, publisher, name), publisher, versions, _aliases(db, model), serving)
 
 
 def _point(db: sqlite3.Connection, model: int, alias: str, version: int) -> AliasChange:
@@ -540,6 +543,7 @@ def _forget_version(db: sqlite3.Connection, model: int, version: int) -> None:
     (other,) = db.execute("SELECT max(version) FROM versions WHERE model = ? AND version <> ?", (model, version)).fetchone()
     if other is None:
         db.execute("DELETE FROM aliases WHERE model = ?", (model,))
+        serving_tables.forget_model(db, model)
     else:
         db.execute("UPDATE aliases SET version = ? WHERE model = ? AND version = ?", (other, model, version))
     if db.execute("DELETE FROM versions WHERE model = ? AND version = ?", (model, version)).rowcount != 1:

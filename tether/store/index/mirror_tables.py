@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from tether.errors import ConflictError
-from tether.store.index import collection_tables
+from tether.store.index import collection_tables, serving_tables
 from tether.types import Digest
 
 __all__ = [
@@ -67,6 +67,8 @@ class RestState(msgspec.Struct, frozen=True, array_like=True):
     """Model keys, wrapped by the cluster key."""
     grants: tuple[tuple[str, str, str, float], ...]
     """Peer, publisher, name, when."""
+    serving: tuple[tuple[str, str, bytes], ...] = ()
+    """Publisher, name, settings."""
 
 
 class CatalogState(msgspec.Struct, frozen=True, array_like=True):
@@ -144,6 +146,7 @@ def read_state(db: sqlite3.Connection) -> CatalogState:
         trust=tuple(db.execute("SELECT publisher, scope FROM trust ORDER BY publisher, scope").fetchall()),
         keys=tuple(db.execute("SELECT id, publisher, name, wrapped, cluster_key, created, retired FROM model_keys ORDER BY id").fetchall()),
         grants=tuple(db.execute("SELECT peer, publisher, name, granted FROM grants ORDER BY peer, publisher, name").fetchall()),
+        serving=serving_tables.read_rows(db),
     )
     return CatalogState(change=_changes(db), whole=True, models=models, rest=rest)
 
@@ -257,3 +260,4 @@ def _replace_rest(db: sqlite3.Connection, rest: RestState) -> None:
     for table, columns, rows in tables:
         db.execute(f"DELETE FROM {table}")  # noqa: S608 (names of ours)
         db.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * columns)})", rows)  # noqa: S608
+    serving_tables.replace(db, rest.serving)

@@ -24,6 +24,7 @@ __all__ = [
     "is_same_file",
     "partial_of",
     "read_at",
+    "read_bytes_at",
     "sync",
     "sync_folder",
     "write_at",
@@ -123,6 +124,14 @@ def read_at(descriptor: int, offset: int, view: memoryview) -> int:
     while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
         done += count
     return done
+
+
+def read_bytes_at(descriptor: int, offset: int, nbytes: int) -> bytes:
+    """The bytes from `offset`, not copied; fewer before the end of the file."""
+    data = os.pread(descriptor, nbytes, offset)
+    while len(data) < nbytes and (more := os.pread(descriptor, nbytes - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:

@@ -53,6 +53,7 @@ class PackFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._ended = False
         self._forget()
 
     def _forget(self) -> None:
@@ -90,6 +91,10 @@ class PackFiles:
             self._handles.move_to_end(pack)
             return known
         self._let_go(pack)
+        if self._ended:
+            handle = self._open(path)
+            handle.kept = False
+            return handle
         while len(self._handles) >= _OPEN:
             self._let_go(next(iter(self._handles)))
         handle = self._handles[pack] = self._open(path)
@@ -138,6 +143,11 @@ class PackFiles:
         with self._lock:
             for pack in list(self._handles):
                 self._let_go(pack)
+
+    def end(self) -> None:
+        """As `close`; a later use keeps nothing open: threads of zarr's may read on after one that failed was told."""
+        self._ended = True
+        self.close()
 
 
 def mapped(descriptor: int) -> mmap.mmap:

@@ -71,14 +71,15 @@ class Pin:
 
 
 class CacheBudget:
-    """The budget of one repository's folder: of all of it where it is a replica, of its checkouts where it may only be read.
+    """The budget of one repository's folder: of all of it where it is a replica, else of its checkouts.
 
     Several processes may have one for the same folder. Methods may be called from any thread.
     """
 
-    def __init__(self, repository: Repository, nbytes: int) -> None:
-        """Raises: StoreError, NoSpaceError."""
+    def __init__(self, repository: Repository, nbytes: int, *, checkouts_only: bool = False) -> None:
+        """`checkouts_only`: the repository is no replica; one that may only be read is none. Raises: StoreError, NoSpaceError."""
         self._repository, self.nbytes = repository, nbytes
+        self._checkouts_only = checkouts_only or repository.read_only
         self._cache = repository.root / "cache"
         self._folder = self._cache / _USES
         with disk_errors(self._folder):
@@ -103,7 +104,7 @@ class CacheBudget:
     def used_nbytes(self) -> int:
         """On the disk, of what this budget is about."""
         folders = [self._cache]
-        if not self._repository.read_only:
+        if not self._checkouts_only:
             folders += [self._repository.root / name for name in ("packs", "staging", "manifests")]
         return sum(_allocated(folder) for folder in folders)
 
@@ -124,7 +125,7 @@ class CacheBudget:
     def _by_last_use(self) -> list[Digest]:
         """What could go. What was never pinned was last used when it was made."""
         times: dict[Digest, float] = {}
-        if not self._repository.read_only:
+        if not self._checkouts_only:
             times = {version.digest: version.created for model in self._repository.models() for version in model.versions}
         times |= _times(self._cache)
         times |= {digest: time for digest, time in _times(self._folder).items() if digest in times}
@@ -135,7 +136,7 @@ class CacheBudget:
             if not alone:
                 return False
             self._repository.discard(digest)
-            if not self._repository.read_only:
+            if not self._checkouts_only:
                 self._forget(digest)
             with suppress(FileNotFoundError):
                 (self._folder / digest).unlink()

@@ -4,7 +4,7 @@
     1 | u32 id | u8 kind | digest                           ask for a blob (0), a signed manifest (1), the bitmap of a version (2)
     2 | u32 id                                              take it back; it is answered all the same, with 5 if nothing else
     3 | u32 id | u64 nbytes | bytes                         the answer begins
-    4 | u32 id | bytes                                      and goes on, in order; answers to several askings take turns
+    4 | u32 id | bytes                                      and goes on, in order; pieces of other answers may come between
     5 | u32 id                                              not here
     6 | u32 id | {"error", "code"}                          not for you, or not now
     7 | digest | u32 index*                                 of a version whose bitmap was asked for more blobs are here now

@@ -1,4 +1,4 @@
-"""The giving half of a stream of blobs: who may have what, in turns, no faster than allowed, and little of it in memory."""
+"""The giving half of a stream of blobs: who may have what, the smallest first, no faster than allowed, and little of it in memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import functools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from operator import attrgetter
 from typing import Protocol, assert_never
 
 import structlog
@@ -25,16 +27,19 @@ from tether.swarm.blobs.frames import (
 )
 from tether.swarm.wire.bandwidth import TokenBucket
 from tether.swarm.wire.link import Link
-from tether.swarm.wire.pieces import LEAST_NBYTES, PIECE_NBYTES, pieces
+from tether.swarm.wire.pieces import LEAST_NBYTES
 from tether.types import Digest
 
 __all__ = ["Giving", "GivingLimits", "Shelf"]
 
 log = structlog.get_logger("tether.swarm")
-_PIECE_NBYTES = PIECE_NBYTES - 5
-"""So that a frame, whose head has 5 or 13 bytes, is a multiple of 8: such messages are encrypted in half the time."""
+_PIECE_NBYTES = 127_739
+"""With a head of 5 or 13 bytes a multiple of 8: such messages are encrypted in half the time. Encrypted, it fills two batches of UDX (44
+packets of 1,452 bytes each): what is over would leave as a batch of its own, of three packets."""
 _TURN = 0.25
 """Seconds that a piece may take of a capped line: other peers' pieces go in between."""
+_TURN_NBYTES = 1 << 18
+"""Queued in one turn of the loop: as much as UDX sends at once, while it is in the processor's cache."""
 
 
 class Shelf(Protocol):
@@ -67,11 +72,30 @@ class GivingLimits:
     window: int = 64
     """Askings of a peer that are not answered yet; one that asks for more is cut."""
     at_once: int = 4
-    """Of those, how many are read and sent at a time, in turns: of full blobs that is 16 MiB of memory."""
+    """Of those, how many are read at a time, and then sent: of full blobs that is 16 MiB of memory."""
     patience: float = 30.0
     """Seconds in which a peer takes a piece; else it is cut."""
     max_followed: int = 1024
     """Versions of which it is told what came."""
+
+
+@dataclass(slots=True, eq=False)
+class _Body:
+    """An answer of which pieces are to be sent."""
+
+    ask_id: int
+    data: memoryview
+    sent: asyncio.Future[None]
+    """All of it; cancelled where it is taken back."""
+    at: int = 0
+
+    @property
+    def missing(self) -> int:
+        return len(self.data) - self.at
+
+    def frame(self, nbytes: int) -> bytes:
+        piece = self.data[self.at : self.at + nbytes]
+        return encode_piece(self.ask_id, piece) if self.at else encode_begin(self.ask_id, len(self.data), piece)
 
 
 class Giving:
@@ -87,7 +111,9 @@ class Giving:
         self._manifest_turn = asyncio.Lock()
         """One at a time: they can have 64 MiB, and a peer needs the first one before it can ask for anything else."""
         self._turn = asyncio.Lock()
-        """Who waits for room: the peer has `patience` for the piece whose turn it is, not for all that wait."""
+        """Who waits for room: the peer has `patience` for the frame whose turn it is, not for all that wait."""
+        self._bodies: list[_Body] = []
+        self._sending: asyncio.Task[None] | None = None
         self.given_nbytes = 0
 
     def __len__(self) -> int:
@@ -126,6 +152,8 @@ class Giving:
         self._queue.clear()
         for task in list(self._working.values()):
             task.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
 
     def _go_on(self) -> None:
         while self._queue and len(self._working) < self._limits.at_once and not self._is_leaving:
@@ -191,24 +219,76 @@ class Giving:
             del self._follows[next(iter(self._follows))]
 
     async def _send(self, ask_id: int, data: bytes) -> None:
-        rate = self._uplink.nbytes_per_second
-        size = _PIECE_NBYTES if rate * _TURN > _PIECE_NBYTES else max(int(rate * _TURN), LEAST_NBYTES)
-        for number, piece in enumerate(pieces(data, size)):
-            wait = self._uplink.take(len(piece), self._link.loop.time())
-            try:
-                await asyncio.sleep(wait)  # of 0, too: the others' turn
-                await self._put(encode_piece(ask_id, piece) if number else encode_begin(ask_id, len(data), piece))
-            except BaseException:  # taken back, as a rule: a peer that does so all the time would use up what all peers share
-                self._uplink.give_back(len(piece))
+        """Return when all of it left. Raises: as `_put`."""
+        body = _Body(ask_id, memoryview(data), self._link.loop.create_future())
+        self._bodies.append(body)
+        if self._sending is None:
+            self._sending = self._link.loop.create_task(self._send_bodies())
+        try:
+            await body.sent
+        except asyncio.CancelledError:
+            if body.missing:
                 raise
-            self.given_nbytes += len(piece)
+            # it was taken back when all of it had left: a second answer would break the protocol
+        finally:
+            self._bodies.remove(body)
 
-    async def _put(self, frame: bytes) -> None:
-        """Send it when its turn comes. Raises: TimeoutError: the peer takes nothing; TetherError: the connection is gone."""
+    async def _send_bodies(self) -> None:
+        """Send pieces, one of the body that lacks least, one of the oldest: small ones pass large ones, which come to an end all the same.
+
+        Of large ones one is whole after the other. In turns they would all come to their ends together, and the peer would hash and write
+        them together, and then have nothing to do.
+        """
+        in_turn = 0
+        try:
+            for is_oldest in cycle((False, True)):
+                if not self._bodies:
+                    return
+                body = self._bodies[0] if is_oldest else min(self._bodies, key=attrgetter("missing"))
+                in_turn += await self._send_piece(body)
+                if in_turn >= _TURN_NBYTES or body.sent.done():
+                    in_turn = 0
+                    await asyncio.sleep(0)
+        except Exception as error:  # told to all that wait
+            for body in self._bodies:
+                if not body.sent.done():
+                    body.sent.set_exception(error)
+        finally:
+            self._sending = None
+
+    async def _send_piece(self, body: _Body) -> int:
+        """How many bytes left: none of what was taken back meanwhile."""
+        rate = self._uplink.nbytes_per_second
+        nbytes = min(body.missing, _PIECE_NBYTES if rate * _TURN > _PIECE_NBYTES else max(int(rate * _TURN), LEAST_NBYTES))
+        wait = self._uplink.take(nbytes, self._link.loop.time())
+        try:
+            if wait:
+                await asyncio.wait([body.sent], timeout=wait)
+            has_left = await self._put(body.frame(nbytes), body)
+        except BaseException:
+            self._uplink.give_back(nbytes)
+            raise
+        if not has_left:  # a peer that takes back all the time would use up what all peers share
+            self._uplink.give_back(nbytes)
+            return 0
+        body.at += nbytes
+        self.given_nbytes += nbytes
+        if not body.missing:
+            body.sent.set_result(None)
+        return nbytes
+
+    async def _put(self, frame: bytes, body: _Body | None = None) -> bool:
+        """Send it when its turn comes; False: the body that it is of was taken back.
+
+        Raises: TimeoutError: the peer takes nothing; TetherError: the connection is gone.
+        """
         async with self._turn:
             if not self._link.is_clear:
                 async with asyncio.timeout(self._limits.patience):
                     await self._link.clear()
             elif self._link.closed.is_set():
                 raise self._link.why()
+            if body is not None and body.sent.done():
+                return False
             self._link.send(frame)
+            return True

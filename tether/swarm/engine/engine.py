@@ -1,114 +1,31 @@
 """HyperDHT in this process: the real hyperdht in PythonMonkey, UDX and encryption in Python. No JavaScript is visible above this file.
 
-The interpreter belongs to the thread that loads it, which must be the main one (elsewhere the process crashes at its exit), for as long
-as the process lives.  It runs in the model manager's own process and nowhere else: it leaks a little, however little crosses.
+It runs in the model manager's own process and nowhere else: it leaks a little, however little crosses.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-from tether.errors import (
-    BadKeyError,
-    EngineClosedError,
-    EngineMisusedError,
-    MissingDependencyError,
-    PayloadTooLargeError,
-    PeerNotFoundError,
-    PeerUnreachableError,
-)
-from tether.swarm.engine.host import Firewall, Functions, Host, OnConnection
+import structlog
+
+from tether.errors import EngineClosedError, PeerNotFoundError, PeerUnreachableError
+from tether.swarm.engine import interpreter
+from tether.swarm.engine.host import Firewall, Host, OnConnection
+from tether.swarm.engine.interpreter import check_owner, the_host
 from tether.swarm.engine.secure import SecureStream, StreamLimits
+from tether.swarm.engine.values import EngineSettings, FoundPeer, MutableRecord, NodeStatus, check_record, hex_key, hex_keys, node_status
 
-__all__ = ["Engine", "EngineSettings", "FoundPeer", "MutableRecord", "NodeStatus", "check_installed", "hex_key"]
+__all__ = ["Engine", "EngineSettings", "FoundPeer", "MutableRecord", "NodeStatus"]
 
-_BUNDLE = Path(__file__).parents[1] / "js" / "bundle.js"
-_KEY_NBYTES = 32
-MAX_RECORD_NBYTES = 1000
-"""Of a record's value: it travels in one datagram, as BEP 44's do."""
+log = structlog.get_logger("tether.swarm")
+_RELAY = "relay's key"
 _CONNECT = 20.0
 """Seconds for finding a peer and punching a hole: hyperdht gives up a round of punching after ten."""
 _GOODBYE = 5.0
-"""Seconds for taking back announcements; then the sockets are closed without it."""
-
-_NO_BUNDLE = (
-    "The swarm's JavaScript was not built when Tether was installed (npm's registry was out of reach). Install Tether again with a "
-    "network, or run `python hatch_build.py` in its checkout. Everything but the swarm works."
-)
-_NO_MONKEY = "The swarm needs PythonMonkey: pip install 'tether[swarm]'. Everything but the swarm works."
-
-_host: Host | None = None
-_owner: tuple[int, int] | None = None
-"""Process and thread of the interpreter."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """How a node takes part in the DHT."""
-
-    bootstrap: Sequence[tuple[str, int]] | None = None
-    """Nodes to begin with, as (host, port); None: Hyperswarm's public ones; empty: none, so that others begin with this one."""
-    host: str = "0.0.0.0"  # noqa: S104 (peers come from anywhere; what they may do is decided by key)
-    port: int = 0
-    """UDP; 0: any free one."""
-    ephemeral: bool | None = None
-    """Whether it stays out of others' routing tables; None: until it has proved reachable for a while."""
-    firewalled: bool | None = None
-    """Whether it is taken to be behind a firewall; None: found out."""
-    relays: Sequence[bytes] = ()
-    """Public keys of blind relays, for peers that no hole can be punched to; `Engine.relay_through` changes them."""
-    limits: StreamLimits = field(default_factory=StreamLimits)
-
-
-@dataclass(frozen=True, slots=True)
-class FoundPeer:
-    """Who announced a topic."""
-
-    public_key: bytes
-    relays: tuple[tuple[str, int], ...]
-    """Nodes through which it can be asked for a stream."""
-
-
-@dataclass(frozen=True, slots=True)
-class MutableRecord:
-    """A record of the DHT, its signature verified."""
-
-    value: bytes
-    seq: int
-    signature: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStatus:
-    """How the network sees this node."""
-
-    address: tuple[str, int] | None
-    """Public address, where other nodes agree on one; the port is 0 where each of them sees another."""
-    local: tuple[str, int] | None
-    """Where it listens on this machine's network."""
-    firewalled: bool
-    """Whether packets come only from those that were written to."""
-    randomized: bool
-    """Whether the NAT gives each remote another port: between two such peers no hole can be punched."""
-    ephemeral: bool
-    bootstrapped: bool
-    online: bool
-    degraded: bool
-    announced: bool
-    """Whether nodes of the DHT know where it is to be found; for one that listens, and since it woke."""
-    known: int
-    """Nodes in the routing table."""
-    punches: Mapping[str, int]
-    """Holes punched, by kind."""
-    relaying: Mapping[str, int]
+"""Seconds for taking back announcements; then the sockets are closed without it, which has as long."""
 
 
 class Engine:
@@ -130,18 +47,18 @@ class Engine:
         second event loop, or after a fork; BadKeyError: the seed; EngineError: a socket can't be bound.
         """
         settings = settings or EngineSettings()
-        host = _get_host()
+        host = the_host()
         bootstrap = None if settings.bootstrap is None else [{"host": name, "port": port} for name, port in settings.bootstrap]
         with host.starting(asyncio.get_running_loop()):
             made = await host.bridge.call(
                 "create",
                 bootstrap=bootstrap,
-                seed=_key(seed, "seed"),
+                seed=hex_key(seed, "seed"),
                 host=settings.host,
                 port=settings.port,
                 ephemeral=settings.ephemeral,
                 firewalled=settings.firewalled,
-                relays=_relays(settings.relays),
+                relays=hex_keys(settings.relays, _RELAY),
             )
             engine = cls(host, made["node"], bytes.fromhex(made["publicKey"]), settings)
             host.add(made["node"], engine)
@@ -181,21 +98,7 @@ class Engine:
 
     async def status(self) -> NodeStatus:
         """How the network sees it now."""
-        found = await self.call("status")
-        return NodeStatus(
-            address=(found["host"], found["port"]) if found["host"] else None,
-            local=(found["local"]["host"], found["local"]["port"]) if found["local"] else None,
-            firewalled=found["firewalled"],
-            randomized=found["randomized"],
-            ephemeral=found["ephemeral"],
-            bootstrapped=found["bootstrapped"],
-            online=found["online"],
-            degraded=found["degraded"],
-            announced=found["announced"],
-            known=int(found["known"]),
-            punches=found["punches"],
-            relaying=found["relaying"],
-        )
+        return node_status(await self.call("status"))
 
     async def listen(self, on_connection: OnConnection, firewall: Firewall | None = None) -> None:
         """Take connections under this node's key, and announce where it can be found.
@@ -220,7 +123,7 @@ class Engine:
         Raises: PeerNotFoundError: nobody announces it; PeerUnreachableError: no stream came about, or not in `timeout` seconds, or there
         is no network; BadKeyError; EngineClosedError.
         """
-        key = _key(public_key, "public key")
+        key = hex_key(public_key, "public key")
         self._check()
         bridge = self._host.bridge
         call, answer = bridge.start("connect", {"node": self._number, "publicKey": key})
@@ -249,7 +152,7 @@ class Engine:
 
         The relay has to admit both ends. One that is the peer itself is left out. Raises: BadKeyError.
         """
-        await self.call("relayThrough", relays=_relays(relays))
+        await self.call("relayThrough", relays=hex_keys(relays, _RELAY))
 
     async def _check_network(self) -> None:
         """Raises: PeerUnreachableError: there is none, so that nothing is known of any peer."""
@@ -279,18 +182,18 @@ class Engine:
 
         They forget it after twenty minutes: say it again before.
         """
-        return int((await self.call("announce", topic=_key(topic, "topic")))["nodes"])
+        return int((await self.call("announce", topic=hex_key(topic, "topic")))["nodes"])
 
     async def unannounce(self, topic: bytes) -> None:
         """Take it back."""
-        await self.call("unannounce", topic=_key(topic, "topic"))
+        await self.call("unannounce", topic=hex_key(topic, "topic"))
 
     async def lookup(self, topic: bytes) -> list[FoundPeer]:
         """Who announced this topic, 1,000 at most.
 
         Anyone may announce anything: a key proves itself when one connects to it.
         """
-        found = await self.call("lookup", topic=_key(topic, "topic"))
+        found = await self.call("lookup", topic=hex_key(topic, "topic"))
         return [
             FoundPeer(bytes.fromhex(peer["publicKey"]), tuple((str(host), int(port)) for host, port in peer["relays"])) for peer in found
         ]
@@ -300,13 +203,13 @@ class Engine:
 
         Raises: PayloadTooLargeError: over 1,000 bytes.
         """
-        _check_record(value)
-        signer = None if seed is None else _key(seed, "seed")
+        check_record(value)
+        signer = None if seed is None else hex_key(seed, "seed")
         return int((await self.call("mutablePut", value=value.hex(), seq=seq, seed=signer))["nodes"])
 
     async def mutable_get(self, public_key: bytes, seq: int = 0, *, latest: bool = True) -> MutableRecord | None:
         """The record of a key, from `seq` on; None: nobody has one. `latest` False takes the first answer that will do."""
-        found = await self.call("mutableGet", publicKey=_key(public_key, "public key"), seq=seq, latest=latest)
+        found = await self.call("mutableGet", publicKey=hex_key(public_key, "public key"), seq=seq, latest=latest)
         if found is None:
             return None
         return MutableRecord(bytes.fromhex(found["value"]), int(found["seq"]), bytes.fromhex(found["signature"]))
@@ -316,12 +219,12 @@ class Engine:
 
         Raises: PayloadTooLargeError: over 1,000 bytes.
         """
-        _check_record(value)
+        check_record(value)
         return bytes.fromhex((await self.call("immutablePut", value=value.hex()))["hash"])
 
     async def immutable_get(self, digest: bytes) -> bytes | None:
         """The value with this hash, verified; None: nobody has it."""
-        found = await self.call("immutableGet", hash=_key(digest, "hash"))
+        found = await self.call("immutableGet", hash=hex_key(digest, "hash"))
         return None if found is None else bytes.fromhex(found["value"])
 
     async def suspend(self) -> None:
@@ -342,9 +245,7 @@ class Engine:
     def collect(self) -> None:
         """Give back what JavaScript holds no more; some milliseconds."""
         self._check()
-        import pythonmonkey  # loaded, since a node runs
-
-        pythonmonkey.collect()
+        interpreter.collect()
 
     def on_feed_change(self, feed: int, told: Callable[[int], None] | None) -> None:
         """Who is told when a feed changes; None: nobody any more."""
@@ -369,14 +270,21 @@ class Engine:
         for stream in self.streams:
             stream.destroy()
         try:
-            async with asyncio.timeout(_GOODBYE):
-                await self._host.bridge.call("destroy", node=self._number, force=False)
-        except TimeoutError:
-            await self._host.bridge.call("destroy", node=self._number, force=True)
+            if not (await self._destroy(force=False) or await self._destroy(force=True)):
+                log.warning("a node of the swarm did not end, and is left as it is", node=self._number)
         finally:
             for server in self._servers:
                 self._host.unlisten(server)
             await self._host.remove(self._number)
+
+    async def _destroy(self, *, force: bool) -> bool:
+        """Whether it is done in time."""
+        try:
+            async with asyncio.timeout(_GOODBYE):
+                await self._host.bridge.call("destroy", node=self._number, force=force)
+        except TimeoutError:
+            return False
+        return True
 
     async def call(self, method: str, **values: Any) -> Any:
         """Ask the bundle; for the modules of this folder.
@@ -389,63 +297,7 @@ class Engine:
     def _check(self) -> None:
         if self._closed:
             raise EngineClosedError("This node is closed; start another one.")
-        _check_owner()
-
-
-def _get_host() -> Host:
-    global _host, _owner  # noqa: PLW0603 (one interpreter for each process: PythonMonkey's rule)
-    _check_owner()
-    if _host is None:
-        if threading.current_thread() is not threading.main_thread():
-            raise EngineMisusedError("The swarm's engine must be started on the main thread: elsewhere the process crashes at its exit.")
-        _owner = os.getpid(), threading.get_ident()
-        _host = Host(_evaluate)
-    return _host
-
-
-def _check_owner() -> None:
-    if _owner is None or _owner == (os.getpid(), threading.get_ident()):
-        return
-    if _owner[0] != os.getpid():
-        raise EngineMisusedError("The swarm's engine does not survive a fork: start the process by spawn, or exec, and start it there.")
-    raise EngineMisusedError("The swarm's engine belongs to the main thread: hand the work to its event loop.")
-
-
-def _evaluate(functions: Functions) -> tuple[Mapping[str, Callable[[], None]], list[str]]:
-    source = _read_bundle()
-    monkey = _import_pythonmonkey()
-    javascript = monkey.globalThis
-    javascript.tetherHost = functions
-    monkey.eval(source, {"filename": _BUNDLE.name})
-    # Each read of a property makes a new proxy: once, and kept.
-    entries = javascript.tetherEntries
-    names = str(javascript.tetherNames).split()
-    return {name: entries[name] for name in names}, str(javascript.tetherMethods).split()
-
-
-def check_installed() -> None:
-    """Whether an engine could start here; nothing is loaded for it. Raises: MissingDependencyError."""
-    if not _BUNDLE.is_file():
-        raise MissingDependencyError(_NO_BUNDLE)
-    if find_spec("pythonmonkey") is None:
-        raise MissingDependencyError(_NO_MONKEY)
-
-
-def _read_bundle() -> str:
-    try:
-        return _BUNDLE.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingDependencyError(_NO_BUNDLE) from None
-
-
-def _import_pythonmonkey() -> Any:
-    if "pythonmonkey" in sys.modules:
-        raise EngineMisusedError("PythonMonkey was imported in this process before the swarm's engine, which must be its owner.")
-    try:
-        import pythonmonkey  # loads SpiderMonkey: 40 MB, a second
-    except ImportError as error:
-        raise MissingDependencyError(f"{_NO_MONKEY} ({error})") from error
-    return pythonmonkey
+        check_owner()
 
 
 def _unused(_: SecureStream) -> None:
@@ -454,23 +306,3 @@ def _unused(_: SecureStream) -> None:
 
 def _admit(_key: bytes, _address: tuple[str, int]) -> bool:
     return False
-
-
-def _key(value: bytes, name: str) -> str:
-    if len(value) != _KEY_NBYTES:
-        raise BadKeyError(f"A {name} has {_KEY_NBYTES} bytes, this one {len(value)}.")
-    return value.hex()
-
-
-def hex_key(value: bytes | None, name: str) -> str | None:
-    """As the bundle takes it. Raises: BadKeyError: not 32 bytes."""
-    return None if value is None else _key(value, name)
-
-
-def _relays(keys: Sequence[bytes]) -> list[str]:
-    return [_key(key, "relay's key") for key in keys]
-
-
-def _check_record(value: bytes) -> None:
-    if len(value) > MAX_RECORD_NBYTES:
-        raise PayloadTooLargeError(f"A record of {len(value)} bytes is over {MAX_RECORD_NBYTES}: put what is larger behind a stream.")

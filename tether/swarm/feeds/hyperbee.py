@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from tether.errors import EngineError, MalformedFeedError
-from tether.swarm.engine.engine import Engine, hex_key
+from tether.swarm.engine.engine import Engine
+from tether.swarm.engine.values import hex_key
 
 __all__ = ["Change", "Entry", "FeedServer", "Head", "Hyperbee", "serve"]
 
@@ -77,7 +78,7 @@ class Hyperbee:
 
         Raises: EngineError: the folder can't be written, or holds another feed; BadKeyError.
         """
-        keys = {"seed": hex_key(seed, "seed"), "key": hex_key(key, "feed's key")}
+        keys = {"seed": None if seed is None else hex_key(seed, "seed"), "key": None if key is None else hex_key(key, "feed's key")}
         opened = await engine.call("feedOpen", folder=_text(folder), whole=whole, **keys)
         feed = cls(engine, opened)
         if on_change is not None:

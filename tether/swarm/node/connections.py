@@ -31,6 +31,7 @@ __all__ = ["Connect", "Connections", "OnHave"]
 
 log = structlog.get_logger("tether.swarm")
 Owner = TypeVar("Owner", RpcConnection, BlobConnection)
+_NONE: dict[HeldStream, None] = {}
 
 
 Connect = Callable[[str], Awaitable[PeerStream]]
@@ -90,6 +91,10 @@ class Connections:
     def knows(self, peer: str) -> bool:
         """Whether there is anything with this key, which then is one."""
         return peer in self._held
+
+    def open_rpc(self, peer: str) -> RpcConnection | None:
+        """The connection for calls to a peer, if there is one."""
+        return self._live(peer, RpcConnection)
 
     async def rpc(self, peer: str) -> RpcConnection:
         """The connection for calls to a peer: the one that there is, whoever opened it, or a new one for all who wait.
@@ -316,7 +321,7 @@ class Connections:
 
     def _live(self, peer: str, kind: type[Owner]) -> Owner | None:
         """The newest: a peer that changed its network leaves older ones behind."""
-        for held in reversed(self._of(peer)):
+        for held in reversed(self._held.get(peer, _NONE)):
             is_apart = held.is_leaving or held.is_guest or held.is_silent
             if isinstance(held.owner, kind) and not (held.owner.is_closed or is_apart):
                 return held.owner

@@ -17,6 +17,7 @@ from tether.errors import (
     DeadlineExceededError,
     EngineClosedError,
     ManagerLeavingError,
+    PeerLeavingError,
     PeerNotFoundError,
     PeerUnreachableError,
     ServiceUnavailableError,
@@ -123,14 +124,23 @@ class Node:
 
     # --- peers
 
-    async def request(self, peer: str, method: str, value: bytes = b"", timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (it also goes to the peer)
+    async def request(
+        self,
+        peer: str,
+        method: str,
+        value: bytes = b"",
+        timeout: float | None = None,  # noqa: ASYNC109 (it also goes to the peer)
+        *,
+        patient: bool = True,
+    ) -> bytes:
         """What the peer's method answers, over the one connection to it, which is made if there is none; `timeout` for both.
 
         A peer that was here until a moment ago is waited for: its process may be started again. What was lost on the way is asked again
-        where that is safe: a peer that was about to end did nothing, and what only reads may be heard twice.
+        where that is safe: a peer that was about to end did nothing, and what only reads may be heard twice. `patient`: False where
+        others can be asked in place of a peer that is about to end.
 
         Raises: as `RpcConnection.request`; StreamLostError: the connection was lost, and only the caller knows whether it may be heard
-        twice; PeerNotFoundError, PeerUnreachableError; BadKeyError; ForbiddenError: this lab banned it.
+        twice; PeerLeavingError: nothing was done; PeerNotFoundError, PeerUnreachableError; BadKeyError; ForbiddenError: this lab banned it.
         """
         asking = self._asking(peer, method, timeout)
         while True:
@@ -138,7 +148,7 @@ class Node:
             try:
                 return await connection.request(PREFIX + method, value, left)
             except ServiceUnavailableError as error:
-                self._bear(error, connection, asking, may_repeat=True)
+                self._bear(error, connection, asking, may_repeat=patient)
             await asyncio.sleep(_AGAIN)
 
     @contextlib.asynccontextmanager
@@ -170,7 +180,7 @@ class Node:
 
     async def _reached(self, asking: _Asking) -> tuple[RpcConnection, float | None]:
         """A connection to the peer, and the seconds that are left."""
-        connection = await self._within(asking.end, asking.peer, asking.timeout)
+        connection = self._connections.open_rpc(asking.peer) or await self._within(asking.end, asking.peer, asking.timeout)
         return connection, None if asking.end is None else max(asking.end - self._loop.time(), 0.0)
 
     def _bear(self, error: ServiceUnavailableError, connection: RpcConnection, asking: _Asking, *, may_repeat: bool) -> None:
@@ -179,7 +189,7 @@ class Node:
         if isinstance(error, ManagerLeavingError):
             self._connections.leave_to_end(connection)
             if not may_repeat:
-                raise ServiceUnavailableError(f"peer {asking.peer} ends, and no other process of it came: try again later") from error
+                raise PeerLeavingError(f"peer {asking.peer} ends, and no other process of it came: try again later") from error
         elif not connection.is_closed:
             raise error  # it is the peer's answer
         elif asking.method not in _READING or not may_repeat:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from types import CoroutineType
 
 import structlog
@@ -20,13 +20,15 @@ from tether.errors import (
     TetherError,
     UnknownMethodError,
 )
-from tether.swarm.rpc.bodies import AHEAD_NBYTES, Incoming, Room
+from tether.swarm.rpc.bodies import AHEAD_NBYTES, WINDOW_NBYTES, Incoming, Room
+from tether.swarm.rpc.expiry import NEVER, Expiry
 from tether.swarm.rpc.messages import (
     SMALL_NBYTES,
     CallMessage,
     encode_call,
     encode_error,
     encode_response,
+    read_deadline,
     read_method,
     read_request,
     read_value,
@@ -44,6 +46,7 @@ __all__ = ["Answers"]
 
 log = structlog.get_logger("tether.swarm")
 _SWEEP = 0.25
+"""Seconds between two looks for calls that are over."""
 
 
 class Answers:
@@ -55,12 +58,12 @@ class Answers:
         self._work: dict[int, Work] = {}
         """By id; events, which have none, by numbers below 0."""
         self._coming: dict[int, Coming] = {}
-        self._deadlines: dict[int, float] = {}
-        """Of requests that come next."""
+        self._limit: float | None = None
+        """Seconds for which the peer waits for answers to requests that come next."""
         self._room = Room(limits.max_passing_nbytes)
         self._held_nbytes = self._unsent_nbytes = self._arrived_nbytes = 0
         self._stalls = Stalls()
-        self._sweeping: asyncio.TimerHandle | None = None
+        self._expiry = Expiry(line.loop, self._sweep, _SWEEP)
         self._watching: asyncio.TimerHandle | None = None
         self._event_numbers = itertools.count(-1, -1)
 
@@ -78,27 +81,21 @@ class Answers:
         """A request in one message. Raises: ProtocolError."""
         request_id, method, value = read_request(message)
         self._check_id(request_id)
-        deadline = self._deadlines.pop(request_id, None) if self._deadlines else None
         try:
             handler = self._admitted(method, len(value))
             data = bytes(read_value(value))
         except Exception as error:  # the hook's own bugs too: they let nobody in
             self._refuse(request_id, method, error)
             return
-        self._run(request_id, method, handler, data, deadline)
+        self._run(request_id, method, handler, data, self._deadline() if request_id else None)
 
     def on_deadline(self, body: memoryview) -> None:
-        """Said before a request. Raises: ProtocolError."""
-        request_id, at = read_uint(body, 0)
-        milliseconds, _ = read_uint(body, at)
-        if len(self._deadlines) >= self._limits.max_in_flight:
-            raise ProtocolError("it says when requests end that it does not make")
-        self._deadlines[request_id] = self._line.loop.time() + milliseconds / 1000
+        """Said before requests. Raises: ProtocolError."""
+        self._limit = read_deadline(body)
 
     def on_cancel(self, body: memoryview) -> None:
         """A request is taken back. Raises: ProtocolError."""
         request_id, _ = read_uint(body, 0)
-        self._deadlines.pop(request_id, None)
         self._drop(request_id)
         work = self._work.get(request_id)
         if work is not None and request_id:
@@ -112,7 +109,7 @@ class Answers:
         if not request_id or nbytes <= PIECE_NBYTES:
             raise ProtocolError("a request in pieces that needs none, or is an event")
         self._check_id(request_id)
-        deadline = self._deadlines.pop(request_id, None)
+        deadline = self._deadline()
         try:
             handler = self._admitted(method, nbytes)
         except Exception as error:  # as above
@@ -147,10 +144,9 @@ class Answers:
     def end(self) -> None:
         """The connection is gone: nobody waits for anything."""
         self._coming.clear()
-        self._deadlines.clear()
-        for timer in (self._sweeping, self._watching):
-            if timer is not None:
-                timer.cancel()
+        self._expiry.stop()
+        if self._watching is not None:
+            self._watching.cancel()
         for work in list(self._work.values()):
             work.task.cancel()
 
@@ -195,7 +191,7 @@ class Answers:
         self._held_nbytes += coming.body.nbytes
         if coming.body.nbytes > AHEAD_NBYTES:
             self._grant(request_id, coming.body.nbytes)
-        self._look_soon(coming.deadline)
+        self._look_at(coming.deadline)
         self._watch_soon()
 
     def _grant(self, request_id: int, nbytes: int) -> None:
@@ -233,26 +229,32 @@ class Answers:
     # --- bodies that are passed on
 
     def _pass_whole(self, request_id: int, handler: PassingHandler, call: Call, data: bytes) -> None:
-        reply = self._reply(request_id)
+        reply = self._reply(request_id, self._pass_answer)
         work = self._start(request_id, call, passed(handler, call, Incoming.whole(data), reply), len(data))
         work.reply = reply
 
     def _pass_on(self, request_id: int, method: str, handler: PassingHandler, nbytes: int, deadline: float | None) -> None:
-        body, reply = Incoming(nbytes, functools.partial(self._grant, request_id)), self._reply(request_id)
+        body, reply = Incoming(nbytes, functools.partial(self._grant, request_id)), self._reply(request_id, self._pass_answer)
         call = Call(self._line.peer, method, deadline)
         rooms = self._room, self._service.room
         work = self._start(request_id, call, passed_in_turn(handler, call, body, reply, rooms), 0)
         work.body, work.reply = body, reply
 
-    def _reply(self, request_id: int) -> Reply:
-        return Reply(self._line, self._beside, request_id, functools.partial(self._keep_answer, request_id), self._limits.patience)
+    def _reply(self, request_id: int, keep: Callable[[int, int], None]) -> Reply:
+        return Reply(self._line, self._beside, request_id, functools.partial(keep, request_id), self._limits.patience)
 
     def _keep_answer(self, request_id: int, nbytes: int) -> None:
-        """An answer of this size goes out. Raises: PayloadTooLargeError, QueueFullError."""
+        """An answer of this size is here, and goes out. Raises: PayloadTooLargeError, QueueFullError."""
         work = self._work.get(request_id)
         if work is not None and nbytes > SMALL_NBYTES and not work.unsent_nbytes:
             self._check_answer(nbytes)
             self._keep(work, nbytes)
+
+    def _pass_answer(self, request_id: int, nbytes: int) -> None:
+        """An answer of this size goes out as it comes: a window of it is here at a time. Raises: PayloadTooLargeError, QueueFullError."""
+        self._check_size(nbytes)
+        goes_in_pieces = self._beside.opened and not self._beside.closed
+        self._keep_answer(request_id, min(nbytes, WINDOW_NBYTES) if goes_in_pieces else nbytes)
 
     # --- work
 
@@ -261,15 +263,18 @@ class Answers:
         task = self._line.loop.create_task(self._answer(request_id, call.method, answer))
         work = self._work[number] = Work(call.method, answer, nbytes, task, call.deadline)
         self._held_nbytes += nbytes
-        self._look_soon(call.deadline)
+        self._look_at(call.deadline)
         task.add_done_callback(functools.partial(self._done, number))
         return work
 
-    def _check_answer(self, nbytes: int) -> None:
+    def _check_size(self, nbytes: int) -> None:
         most = self._limits.max_reply_nbytes
         if nbytes > most:
             raise PayloadTooLargeError(f"the answer has {nbytes} bytes; at most {most} are sent: ask for less")
-        if self._unsent_nbytes + nbytes > most:
+
+    def _check_answer(self, nbytes: int) -> None:
+        self._check_size(nbytes)
+        if self._unsent_nbytes + nbytes > self._limits.max_reply_nbytes:
             raise QueueFullError(f"{self._unsent_nbytes} bytes of answers wait for you: take them and try again")
 
     def _keep(self, work: Work, nbytes: int) -> None:
@@ -298,7 +303,7 @@ class Answers:
         if len(value) <= SMALL_NBYTES and self._line.is_clear:
             self._line.post(self._channel, encode_response(request_id, value))
             return
-        reply = self._work[request_id].reply = self._reply(request_id)
+        reply = self._work[request_id].reply = self._reply(request_id, self._keep_answer)
         await reply.begin(len(value))
         await reply.write(value)
         whole = await reply.finish()
@@ -318,22 +323,22 @@ class Answers:
 
     # --- time
 
-    def _look_soon(self, deadline: float | None) -> None:
-        if deadline is not None and self._sweeping is None:
-            self._sweeping = self._line.loop.call_later(_SWEEP, self._sweep)
+    def _deadline(self) -> float | None:
+        """Of a request that comes now."""
+        return None if self._limit is None else self._line.loop.time() + self._limit
 
-    def _sweep(self) -> None:
+    def _look_at(self, deadline: float | None) -> None:
+        if deadline is not None:
+            self._expiry.expect(deadline)
+
+    def _sweep(self, now: float) -> float:
         """End what nobody waits for any more. The caller takes it back at its deadline; this is for one that can't be heard."""
-        self._sweeping = None
-        now = self._line.loop.time()
-        deadlines = {number: work.deadline for number, work in self._work.items()}
-        deadlines |= {number: coming.deadline for number, coming in self._coming.items()}
-        timed = {number: deadline for number, deadline in deadlines.items() if deadline is not None}
-        for number, deadline in timed.items():
+        deadlines = {number: work.deadline for number, work in self._work.items() if work.deadline is not None}
+        deadlines |= {number: coming.deadline for number, coming in self._coming.items() if coming.deadline is not None}
+        for number, deadline in deadlines.items():
             if deadline <= now:
                 self._stop(number, DeadlineExceededError("the answer was not ready within the caller's deadline"))
-        if timed:
-            self._sweeping = self._line.loop.call_later(_SWEEP, self._sweep)
+        return min(deadlines.values(), default=NEVER)
 
     def _watch_soon(self) -> None:
         if self._watching is None:

@@ -10,13 +10,13 @@ from typing import Self
 from tether.errors import InternalError, MalformedRequestError, ProtocolError, TetherError
 from tether.swarm.wire.pieces import LEAST_NBYTES, PIECE_NBYTES
 
-__all__ = ["AHEAD_NBYTES", "Allowance", "Chunk", "Cutter", "Incoming", "Outgoing", "Piece", "Room"]
+__all__ = ["AHEAD_NBYTES", "WINDOW_NBYTES", "Allowance", "Chunk", "Cutter", "Incoming", "Outgoing", "Piece", "Room"]
 
 AHEAD_NBYTES = 1 << 20
 """A request over it is asked for first, and so much of an answer goes unasked: below, a round trip costs more than the memory."""
-_WINDOW_NBYTES = 8 << 20
+WINDOW_NBYTES = 8 << 20
 """Of a body, that may be here and not taken: 80 MB/s where a round trip takes 100 ms."""
-_STEP_NBYTES = _WINDOW_NBYTES // 8
+_STEP_NBYTES = WINDOW_NBYTES // 8
 """Taken before the other side is told: a message for each piece would be one for nothing."""
 
 Chunk = bytes | memoryview
@@ -124,7 +124,7 @@ class Incoming:
 
     def _give(self) -> None:
         """Room for what was taken, and at first for a window."""
-        allowed = min(self._taken + _WINDOW_NBYTES, self.nbytes)
+        allowed = min(self._taken + WINDOW_NBYTES, self.nbytes)
         more = allowed - self._allowed
         if more >= _STEP_NBYTES or (more > 0 and allowed == self.nbytes):
             self._allowed = allowed

@@ -6,24 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
 from tether.errors import DeadlineExceededError, InternalError, PayloadTooLargeError, ProtocolError, TetherError
 from tether.swarm.rpc.bodies import AHEAD_NBYTES, Allowance, Incoming, Outgoing
+from tether.swarm.rpc.expiry import NEVER, Expiry
 from tether.swarm.rpc.messages import (
     MESSAGE_NBYTES,
     SMALL_NBYTES,
     CallMessage,
     Response,
     encode_call,
+    encode_deadline,
     encode_method,
     encode_request,
     read_response,
 )
 from tether.swarm.rpc.service import RpcLimits
-from tether.swarm.wire.compact import MAX_UINT, read_uint, uint
+from tether.swarm.wire.compact import read_uint, uint
 from tether.swarm.wire.line import Line
 from tether.swarm.wire.pieces import PIECE_NBYTES, Body
 from tether.swarm.wire.protomux import Channel
@@ -31,7 +33,10 @@ from tether.swarm.wire.protomux import Channel
 __all__ = ["Calls"]
 
 log = structlog.get_logger("tether.swarm")
+T = TypeVar("T")
 _KEPT_METHODS = 256
+_GRAIN = 0.005
+"""Seconds that a call may end late where many end."""
 
 
 class _Limit(NamedTuple):
@@ -46,6 +51,8 @@ class _Limit(NamedTuple):
 class _Call:
     future: asyncio.Future[Any]
     """The answer: `bytes`, or `Incoming` where it is passed on."""
+    limit: _Limit | None = None
+    """Of an answer that is waited for as a whole."""
     is_passed_on: bool = False
     body: Body | Incoming | None = None
     """Of an answer that comes in pieces."""
@@ -70,6 +77,9 @@ class Calls:
         self._last_id = 0
         self._methods: dict[str, bytes] = {}
         self._loop = line.loop
+        self._expiry = Expiry(self._loop, self._look, _GRAIN)
+        self._told = encode_deadline(None)
+        """What the peer was told last of how long answers are waited for."""
         self._settled = self._loop.create_future()
         """Done when the peer has said whether it takes our own channel."""
 
@@ -90,14 +100,15 @@ class Calls:
     async def request(self, method: str, value: bytes | Outgoing, timeout: float | None) -> bytes:  # noqa: ASYNC109 (it also goes to the peer)
         """See `RpcConnection.request`; `timeout` in seconds."""
         limit = self._limit(timeout)
-        encoded = await self._ready(method, limit)
-        sent = await self._sendable(value, limit)
-        request_id, call = self._begin()
+        encoded = self._method(method) if self._line.is_clear else await self._ready(method, limit)
+        sent = value if isinstance(value, bytes) and len(value) <= PIECE_NBYTES else await self._sendable(value, limit)
+        call = _Call(self._loop.create_future(), limit)
+        request_id = self._begin(call)
         sending = self._send(request_id, call, encoded, sent, limit)
         if sending is None:
-            return await self._answer(request_id, call, limit)
+            return await self._answer(request_id, call)
         async with self._beside_it(sending, call):
-            return await self._answer(request_id, call, limit)
+            return await self._answer(request_id, call)
 
     @asynccontextmanager
     async def exchange(self, method: str, value: bytes | Outgoing, timeout: float | None) -> AsyncIterator[Incoming]:  # noqa: ASYNC109 (as above)
@@ -105,13 +116,16 @@ class Calls:
         limit = self._limit(timeout)
         encoded = await self._ready(method, limit)
         sent = await self._sendable(value, limit)
-        request_id, call = self._begin(is_passed_on=True)
-        alarm = self._alarm(call, limit)
+        call = _Call(self._loop.create_future(), is_passed_on=True)
+        request_id = self._begin(call)
+        alarm = None if limit is None else self._loop.call_at(limit.end, _expire, call, limit)  # it holds until the answer was taken
         try:
             async with self._beside_it(self._send(request_id, call, encoded, sent, limit), call):
                 yield await call.future
         finally:
-            self._end(request_id, alarm)
+            if alarm is not None:
+                alarm.cancel()
+            self._end(request_id)
 
     def _limit(self, timeout: float | None) -> _Limit | None:
         return None if timeout is None else _Limit(timeout, self._loop.time() + timeout)
@@ -130,7 +144,12 @@ class Calls:
             if self._beside.opened and not self._beside.closed:
                 return Outgoing.of(value) if isinstance(value, bytes) else value
             _check_size(nbytes)
-        return value if isinstance(value, bytes) else await _joined(value)
+        if isinstance(value, bytes):
+            return value
+        joined = await self._within(limit, _joined(value), "the body did not come")
+        if self._line.closed.is_set():  # meanwhile: nobody would end the call
+            raise self._line.why()
+        return joined
 
     def _send(
         self, request_id: int, call: _Call, method: bytes, value: bytes | Outgoing, limit: _Limit | None
@@ -140,19 +159,21 @@ class Calls:
             return self._in_pieces(request_id, call, method, value, limit)
         request = encode_request(request_id, method, value)
         if len(value) > SMALL_NBYTES and not self._line.is_free:
-            return self._in_turn(request_id, request, limit)
-        self._tell_limit(request_id, limit)
+            return self._in_turn(request, limit)
+        self._tell_limit(limit)
         if len(value) <= SMALL_NBYTES:
             self._line.post(self._channel, request)
         else:
             self._line.post_now(self._channel, request)
         return None
 
-    async def _within(self, limit: _Limit | None, waiting: Coroutine[Any, Any, None], why: str) -> None:
+    async def _within(self, limit: _Limit | None, waiting: Coroutine[Any, Any, T], why: str) -> T:
         try:
             async with asyncio.timeout_at(None if limit is None else limit.end):
-                await waiting
+                return await waiting
         except TimeoutError as error:
+            if isinstance(error, TetherError):  # of the body's source
+                raise
             raise DeadlineExceededError(f"no answer within {0 if limit is None else limit.seconds:g} s: {why}") from error
 
     async def _settle(self) -> None:
@@ -223,6 +244,7 @@ class Calls:
     def fail(self, error: TetherError) -> None:
         """The connection is gone."""
         self.on_settled()
+        self._expiry.stop()
         calls, self._open = self._open, {}
         for call in calls.values():
             call.fail(type(error)(*error.args))
@@ -250,40 +272,49 @@ class Calls:
                 self._methods[method] = encoded
         return encoded
 
-    def _begin(self, *, is_passed_on: bool = False) -> tuple[int, _Call]:
+    def _begin(self, call: _Call) -> int:
         self._last_id = request_id = self._last_id + 1
-        call = self._open[request_id] = _Call(self._loop.create_future(), is_passed_on)
-        return request_id, call
+        self._open[request_id] = call
+        if call.limit is not None:
+            self._expiry.expect(call.limit.end)
+        return request_id
 
     def _grant(self, request_id: int, nbytes: int) -> None:
         """There is room for more of an answer."""
         self._line.post(self._beside, encode_call(CallMessage.RESPONSE_ROOM, request_id, uint(nbytes)))
 
-    def _tell_limit(self, request_id: int, limit: _Limit | None) -> None:
-        """Right before the request itself: the peer cuts who tells it of the limits of requests that don't come."""
-        if limit is not None:
-            milliseconds = min(max(0.0, limit.end - self._loop.time()) * 1000, MAX_UINT)
-            self._line.post(self._beside, encode_call(CallMessage.DEADLINE, request_id, uint(round(milliseconds))))
+    def _tell_limit(self, limit: _Limit | None) -> None:
+        """Right before a request, if the peer has to know another one than for the last."""
+        told = encode_deadline(None if limit is None else limit.end - self._loop.time())
+        if told != self._told:
+            self._told = told
+            self._line.post(self._beside, told)
 
-    async def _in_turn(self, request_id: int, request: bytes, limit: _Limit | None) -> None:
+    async def _in_turn(self, request: bytes, limit: _Limit | None) -> None:
         async with self._line.turn():
-            self._tell_limit(request_id, limit)
+            self._tell_limit(limit)
             self._line.post(self._channel, request)
 
-    async def _answer(self, request_id: int, call: _Call, limit: _Limit | None) -> bytes:
-        alarm = self._alarm(call, limit)
+    async def _answer(self, request_id: int, call: _Call) -> bytes:
         try:
             answer: bytes = await call.future
             return answer
         finally:
-            self._end(request_id, alarm)
+            self._end(request_id)
 
-    def _alarm(self, call: _Call, limit: _Limit | None) -> asyncio.TimerHandle | None:
-        return None if limit is None else self._loop.call_at(limit.end, _expire, call, limit.seconds)
+    def _look(self, now: float) -> float:
+        """Fail calls that are answered too late; when the next one is."""
+        following = NEVER
+        for call in self._open.values():
+            if call.limit is None or call.future.done():
+                continue
+            if call.limit.end > now:
+                following = min(following, call.limit.end)
+            else:
+                _expire(call, call.limit)
+        return following
 
-    def _end(self, request_id: int, alarm: asyncio.TimerHandle | None) -> None:
-        if alarm is not None:
-            alarm.cancel()
+    def _end(self, request_id: int) -> None:
         if self._open.pop(request_id, None) is not None:  # nobody waits for it any more
             self._line.post(self._beside, encode_call(CallMessage.CANCEL, request_id))
 
@@ -313,7 +344,7 @@ class Calls:
 
     async def _in_pieces(self, request_id: int, call: _Call, method: bytes, value: Outgoing, limit: _Limit | None) -> None:
         allowance = call.allowance = Allowance(value.nbytes if value.nbytes <= AHEAD_NBYTES else 0)
-        self._tell_limit(request_id, limit)
+        self._tell_limit(limit)
         self._line.post(self._beside, encode_call(CallMessage.REQUEST, request_id, uint(value.nbytes), method))
         await allowance.wait(1)  # nothing is taken of its source before that
         async with aclosing(value.pieces()) as pieces:
@@ -336,5 +367,5 @@ def _check_size(nbytes: int) -> None:
         )
 
 
-def _expire(call: _Call, limit: float) -> None:
-    call.fail(DeadlineExceededError(f"no answer within {limit:g} s"))
+def _expire(call: _Call, limit: _Limit) -> None:
+    call.fail(DeadlineExceededError(f"no answer within {limit.seconds:g} s"))

@@ -8,7 +8,7 @@
 
 The other channel (`tether/1/calls`), which a plain peer rejects and does without; ids are those of the requests:
 
-    0 | uint id | uint milliseconds          before a request: nobody waits for its answer any longer than this
+    0 | uint milliseconds                    how long answers to requests from here on are waited for; 2^53 - 1: for ever
     1 | uint id                              the request is taken back, with its body and answer
     2 | uint id | uint nbytes | string method    a request whose body comes in pieces      3 | uint id | bytes    one of them
     4 | uint id | uint nbytes                the answer comes in pieces                     5 | uint id | bytes    one of them
@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import orjson
 
 from tether.errors import InternalError, MalformedRequestError, PeerFailedError, ProtocolError, TetherError, UnknownMethodError, from_code
-from tether.swarm.wire.compact import read_buffer, read_string, read_uint, string, uint
+from tether.swarm.wire.compact import MAX_UINT, read_buffer, read_string, read_uint, string, uint
 
 __all__ = [
     "CALLS",
@@ -38,11 +39,13 @@ __all__ = [
     "CallMessage",
     "Response",
     "encode_call",
+    "encode_deadline",
     "encode_error",
     "encode_failure",
     "encode_method",
     "encode_request",
     "encode_response",
+    "read_deadline",
     "read_method",
     "read_request",
     "read_response",
@@ -80,6 +83,18 @@ class CallMessage(enum.IntEnum):
 def encode_call(kind: CallMessage, request_id: int, *rest: bytes | memoryview) -> bytes:
     """A message of our own channel; `rest` is what follows the id."""
     return b"".join((uint(kind), uint(request_id), *rest))
+
+
+def encode_deadline(seconds: float | None) -> bytes:
+    """How long from now on answers are waited for; None: for ever."""
+    milliseconds = MAX_UINT if seconds is None else min(max(0.0, seconds) * 1000, MAX_UINT)
+    return uint(CallMessage.DEADLINE) + uint(round(milliseconds))
+
+
+def read_deadline(body: memoryview) -> float | None:
+    """As `encode_deadline` was given it. Raises: ProtocolError."""
+    milliseconds, _ = read_uint(body, 0)
+    return None if milliseconds == MAX_UINT else milliseconds / 1000
 
 
 def encode_method(method: str) -> bytes:
@@ -170,8 +185,7 @@ def encode_failure(request_id: int, failure: _Failure) -> bytes:
     return b"".join((b"\x01", bytes([flags]), uint(request_id), *map(string, texts)))
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(NamedTuple):
     """What a peer answered."""
 
     id: int

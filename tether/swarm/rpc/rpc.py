@@ -61,7 +61,8 @@ class RpcConnection:
         Raises: what the peer's handler raised of Tether's errors; UnknownMethodError; PeerFailedError: any other error of the peer;
         DeadlineExceededError; ServiceUnavailableError: the connection is gone; PayloadTooLargeError: the value, or the answer.
         """
-        await self._check_open()
+        if self._line.closed.is_set():
+            raise self._line.why()
         return await self._calls.request(method, value, timeout)
 
     @asynccontextmanager

@@ -18,7 +18,7 @@ class RpcLimits:
 
     max_request_nbytes: int = 16 << 20
     max_reply_nbytes: int = 1 << 30
-    """Of an answer, to either side; and of all large ones together that wait for the peer to take them."""
+    """Of an answer, to either side; and of what is here of all large ones together that wait for the peer to take them."""
     max_whole_nbytes: int = 96 << 20
     """Of an answer of the peer that is kept until it is whole: the largest is a manifest, in base64."""
     max_in_flight: int = 1024

@@ -39,7 +39,7 @@ class Batch:
         "wire",
     )
 
-    def __init__(self, seq: int, count: int, data: bytearray, path: object, now: float) -> None:
+    def __init__(self, seq: int, count: int, data: bytearray | memoryview, path: object, now: float) -> None:
         self.seq = seq
         self.count = count
         self.wire = data
@@ -71,7 +71,8 @@ class Batch:
     def strip_padding(self) -> None:
         """Make a probe (a batch of one) an ordinary packet: the probe was lost, its payload must not be lost with it."""
         head, self.padding = wire.HEADER_NBYTES, 0
-        self.wire = self.wire[:3] + b"\0" + self.wire[4:head] + self.wire[head + self.wire[3] :]
+        data = bytes(self.wire)
+        self.wire = bytearray(data[:3] + b"\0" + data[4:head] + data[head + data[3] :])
         self.nbytes = len(self.wire)
 
 

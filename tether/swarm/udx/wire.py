@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 __all__ = [
     "DATA",
@@ -54,7 +53,8 @@ _PLAIN_DATA = _MAGIC | _VERSION << 8 | DATA << 16
 """First word of a data packet without padding."""
 _PLAIN_ACK = _MAGIC | _VERSION << 8
 _MANY = 12
-"""Packets from which on NumPy, which takes 7 µs to begin, is quicker."""
+"""Packets from which on NumPy, which takes 3 µs to begin, is quicker."""
+_WORD = 4
 _MASK = 0xFFFFFFFF
 _HALF = 0x80000000
 
@@ -140,41 +140,43 @@ def build_ack(stream_id: int, window: int, seq: int, ack: int, blocks: Sequence[
     return build_packet(SACK, stream_id, window, seq, ack) + _numbers_struct(len(numbers)).pack(*numbers)
 
 
-def build_batch(head: tuple[int, int, int, int], data: Buffer, each: int) -> bytearray:
-    """Plain data packets in a row, with `each` bytes of the data, the last one with what is left.
+def build_batch(head: tuple[int, int, int, int], data: Buffer, each: int) -> bytearray | memoryview:
+    """Plain data packets in a row, with `each` bytes of the data, the last one with what is left. The memory is the caller's.
 
     `head`: stream id, window, seq of the first, ack.
     """
     count = -(-len(data) // each)
-    if count < _MANY:
-        stream_id, window, seq, ack = head
-        view = memoryview(data)
-        parts: list[Buffer] = []
-        for index in range(count):
-            parts += build_packet(DATA, stream_id, window, seq + index, ack), view[index * each : (index + 1) * each]
-        return bytearray().join(parts)
-    headers = _headers(head, count)
-    full = count - 1
-    size = HEADER_NBYTES + each
-    batch = bytearray(count * HEADER_NBYTES + len(data))
-    rows = np.frombuffer(batch, np.uint8, full * size).reshape(full, size)
-    rows[:, :HEADER_NBYTES] = headers[:full]
-    rows[:, HEADER_NBYTES:] = np.frombuffer(data, np.uint8, full * each).reshape(full, each)
-    batch[full * size : full * size + HEADER_NBYTES] = headers[full].tobytes()
-    batch[full * size + HEADER_NBYTES :] = memoryview(data)[full * each :]
-    return batch
+    return _built_of_parts(head, data, each, count) if count < _MANY or each % _WORD else _built_of_words(head, data, each, count)
 
 
-def _headers(head: tuple[int, int, int, int], count: int) -> npt.NDArray[np.uint8]:
-    """Of plain data packets, a row each."""
+def _built_of_parts(head: tuple[int, int, int, int], data: Buffer, each: int, count: int) -> bytearray:
     stream_id, window, seq, ack = head
-    words = np.empty((count, HEADER_NBYTES // 4), "<u4")
-    words[:] = _PLAIN_DATA, stream_id, window, 0, ack & _MASK
-    words[:, 3] = np.arange(seq & _MASK, (seq & _MASK) + count)  # what is over 32 bits falls off
-    return words.view(np.uint8)
+    view = memoryview(data)
+    parts: list[Buffer] = []
+    for index in range(count):
+        parts += build_packet(DATA, stream_id, window, seq + index, ack), view[index * each : (index + 1) * each]
+    return bytearray().join(parts)
 
 
-def refresh(wire: bytearray, at: int, window: int, ack: int) -> None:
+def _built_of_words(head: tuple[int, int, int, int], data: Buffer, each: int, count: int) -> memoryview:
+    """By NumPy in as few calls as can be: each costs as much as copying 10 KB. The memory is not filled with zeros before."""
+    stream_id, window, seq, ack = head
+    size, header = HEADER_NBYTES + each, HEADER_NBYTES // _WORD
+    packets = np.empty((count, size // _WORD), "<u4")
+    packets[:, :header] = _PLAIN_DATA, stream_id, window, seq & _MASK, ack & _MASK
+    packets[:, 3] += np.arange(count, dtype="<u4")  # what is over 32 bits falls off
+    full = len(data) // each
+    packets[:full, header:] = np.frombuffer(data, "<u4", full * each // _WORD).reshape(full, each // _WORD)
+    batch = packets.data.cast("B")
+    if full == count:
+        return batch
+    rest = memoryview(data)[full * each :]
+    end = full * size + HEADER_NBYTES
+    batch[end : end + len(rest)] = rest
+    return batch[: end + len(rest)]
+
+
+def refresh(wire: bytearray | memoryview, at: int, window: int, ack: int) -> None:
     """Write today's window and ack into the header that begins at `at`; its seq and payload stay."""
     struct.pack_into("<I", wire, at + 8, window)
     struct.pack_into("<I", wire, at + 16, ack & _MASK)

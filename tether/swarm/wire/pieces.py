@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 
 from tether.errors import ProtocolError
 
-__all__ = ["LEAST_NBYTES", "PIECE_NBYTES", "Body", "pieces"]
+__all__ = ["LEAST_NBYTES", "PIECE_NBYTES", "Body"]
 
 PIECE_NBYTES = 128 * 1024
 """0.3 ms of encryption: a call behind it waits no longer."""
@@ -15,13 +14,6 @@ LEAST_NBYTES = 1024
 """All pieces but the last are at least this long, or a peer could make a million messages of one body."""
 _RESERVED_NBYTES = 16 << 20
 """A buffer of zeros, which the system gives as they are written to, need not grow; beyond this one that does is good enough."""
-
-
-def pieces(data: bytes | memoryview, nbytes: int = PIECE_NBYTES) -> Iterator[memoryview]:
-    """The body in order, not copied, `nbytes` at a time. At least one piece."""
-    view = memoryview(data)
-    for at in range(0, max(len(data), 1), nbytes):
-        yield view[at : at + nbytes]
 
 
 class Body:
