@@ -15,6 +15,7 @@ __all__ = [
     "Claim",
     "Event",
     "Evicting",
+    "GatewayLoad",
     "InputCondemned",
     "LentChanged",
     "LentWorker",
@@ -28,6 +29,7 @@ __all__ = [
     "Tick",
     "Unloaded",
     "VersionIsolated",
+    "VersionLoad",
     "WorkerJoined",
     "WorkerLeft",
 ]
@@ -116,6 +118,33 @@ class ModelWanted:
     """A gateway has a request for a version that no worker holds."""
 
     model: ModelVersion
+
+
+class VersionLoad(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one gateway saw of one version in an interval."""
+
+    answered: int = 0
+    """Requests, with what they asked for or with a refusal that is their own fault."""
+    failed: int = 0
+    """Requests that ended in an error of the model, its worker, or its deadline."""
+    refused: int = 0
+    """Requests that found no room."""
+    seconds: float = 0.0
+    """From admission to answer, of the answered together."""
+    slowest: float = 0.0
+    """Seconds of the slowest answer."""
+    open: int = 0
+    """Requests that had no answer at the interval's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLoad:
+    """What a gateway saw in the last `seconds`; told each second in which it saw anything."""
+
+    gateway: str
+    """Name of the process, another one after each start."""
+    seconds: float
+    versions: dict[ModelVersion, VersionLoad]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +238,7 @@ Event = (
     | LentChanged
     | ManagerLeft
     | ModelWanted
+    | GatewayLoad
     | Loaded
     | LoadFailed
     | LoadCut

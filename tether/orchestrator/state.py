@@ -13,6 +13,7 @@ from tether.events import (
     CatalogModel,
     Event,
     Evicting,
+    GatewayLoad,
     InputCondemned,
     LentChanged,
     LoadCut,
@@ -160,7 +161,7 @@ class ControlState:
                 self._answered(event, now)
             case VersionIsolated() | InputCondemned() | QuarantineCleared():
                 self._isolation.take(event, now)
-            case Tick():
+            case Tick() | GatewayLoad():
                 pass  # placing, which follows each event, looks at the time
             case _:
                 assert_never(event)
