@@ -19,6 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 SHAPES = {"tiny": (16,), "image": (3, 224, 224), "batch": (512,), "large": (4 << 20,)}
 OUTPUTS = {"tiny": 4, "image": 10, "batch": 10, "large": 1 << 20}
+WORDS, TOKENS = 30_522, 128
+"""Of BERT's vocabulary; in a sequence of the benchmark on a graphics card."""
 _CHANNELS = ((3, 16, 2), (16, 32, 2), (32, 96, 1), (96, 96, 2), (96, 128, 1), (128, 128, 1))
 """Of each convolution: channels in, channels out, stride."""
 
@@ -95,5 +97,7 @@ def make(folder: Path) -> dict[str, Path]:
 
 
 def row(name: str) -> np.ndarray:
-    """One input row; short decimals, so that JSON carries the same float32 values."""
+    """One input row; short decimals, so that JSON carries the same float32 values. Of `bert`: ids of words."""
+    if name == "bert":
+        return np.random.default_rng(99).integers(0, WORDS, (1, TOKENS))
     return np.random.default_rng(99).standard_normal((1, *SHAPES[name])).round(4).astype(np.float32)
