@@ -1,10 +1,12 @@
 """Two labs that find each other on a real DHT of this machine: invite, run, replicate, take back."""
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import psutil
@@ -19,6 +21,7 @@ from tether.errors import (
     BadInputError,
     BadInvitationError,
     ForbiddenError,
+    ModelFailedError,
     NotFoundError,
     PeerNotFoundError,
     PeerUnreachableError,
@@ -74,6 +77,48 @@ def test_a_colleague_needs_nothing_but_an_invitation(hers, tmp_path):
     hers.disallow(peer.peer)
     with pytest.raises(BadInvitationError), tether.connect(str(invitation), data=tmp_path / "another"):
         pass
+
+
+COUNTER = """
+class Counter:
+    inputs = [("n", "INT64", (1,))]
+    outputs = [("x", "FP64", (-1,))]
+
+    def generate(self, n):
+        import numpy, time
+        for index in range(int(abs(n[0]))):
+            yield {"x": numpy.full(1 << (20 if index == 1 else 0), index, "float64")}
+        if n[0] > 3:
+            raise ValueError("over")
+        while n[0] < 0:
+            yield {"x": [0.0]}
+            time.sleep(0.01)
+"""
+
+
+def in_flight(lab, model):
+    with urllib.request.urlopen(f"{lab.gateway}/metrics") as answer:
+        return f'tether_requests_in_flight{{model="{model}"}} 1.0' in answer.read().decode()
+
+
+def test_a_colleague_reads_an_answer_while_it_is_made(hers, tmp_path):
+    (tmp_path / "counter.py").write_text(COUNTER)
+    hers.publish("counter", tmp_path / "counter.py", example={"n": np.array([2])})
+    with tether.connect(str(hers.invite("counter")), data=tmp_path / "colleague") as lab:
+        parts = list(lab.stream("counter", np.array([3])))
+        assert [(len(part), part[0]) for part in parts] == [(1, 0), (1 << 20, 1), (1, 2)]  # 8 MiB come in several pieces
+        with pytest.raises(BadInputError):
+            list(lab.stream("counter", np.array(["three"])))
+        read = iter(lab.stream("counter", np.array([4])))
+        assert [next(read)[0] for _ in range(4)] == [0, 1, 2, 3]
+        with pytest.raises(ModelFailedError, match="over"):
+            next(read)
+        with contextlib.closing(lab.stream("counter", np.array([-1]))) as endless:
+            assert next(endless)[0] == 0
+            assert in_flight(hers, "counter")
+        until(lambda: not in_flight(hers, "counter"))
+        with pytest.raises(UnknownModelError):
+            list(lab.stream("digits", np.array([1])))
 
 
 def test_what_is_taken_back_ends_within_a_second(hers, tmp_path):

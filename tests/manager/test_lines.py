@@ -385,7 +385,7 @@ async def test_who_says_at_once_that_it_is_not_ready_is_not_asked_at_once_again(
         return readying.Readiness(1, 0.0, cached=True, loaded=len(asked) == 3)
 
     monkeypatch.setattr(hers.lines.borrower, "_asked", noted)
-    monkeypatch.setattr(his.methods.lender, "capacity", capacity)
+    monkeypatch.setattr(his.methods.running.lender, "capacity", capacity)
     await load(hers, model)
     assert [later - earlier >= 0.4 for earlier, later in itertools.pairwise(asked)] == [True, True]
 

@@ -72,7 +72,7 @@ def test_a_glob_means_what_its_letters_say(glob, name):
 
 def test_no_verb_opens_what_is_anothers():
     opens = {
-        "infer": {"ping", "heads", "infer", "capacity", "models"},
+        "infer": {"ping", "heads", "infer", "stream", "parts", "unstream", "capacity", "models"},
         "models": {"ping", "heads", "models", "feed"},
         "publish": {"ping", "heads", "stage", "publish", "alias", "models"},
         "replicate": {"ping", "heads", "manifest", "have", "blobs", "models", "feed"},

@@ -7,8 +7,12 @@ from urllib.parse import quote
 
 from tether.errors import RemoteError
 from tether.security.addresses import SCHEME
+from tether.types import InferResponse
+from tether.wire.faults import decode_error
+from tether.wire.oip import decode_response
+from tether.wire.parts import Part
 
-__all__ = ["lab_part", "rows"]
+__all__ = ["lab_part", "part_of", "rows"]
 
 
 def rows(answer: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -22,3 +26,10 @@ def rows(answer: dict[str, Any], key: str) -> list[dict[str, Any]]:
 def lab_part(publisher: str) -> str:
     """A key, an address or a petname, as one part of a path."""
     return quote(publisher.removeprefix(SCHEME), safe="")
+
+
+def part_of(part: Part) -> InferResponse:
+    """Raises: what the lab says in the part's place."""
+    if part.status != 200:  # noqa: PLR2004 (HTTP's OK)
+        raise decode_error(part.status, part.body)
+    return decode_response(part.body, part.header_nbytes)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import random
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote, urlsplit
@@ -17,14 +18,17 @@ from yarl import URL
 
 from tether._version import __version__
 from tether.client.admitting import Admitting
+from tether.client.answers import part_of
 from tether.client.copying import Copying
 from tether.client.forking import abandon
 from tether.client.lending import Lending
 from tether.client.replicating import Replicating
+from tether.client.rolling import Rolling
 from tether.errors import (
     BadInputError,
     DeadlineExceededError,
     NotFoundError,
+    QueueFullError,
     RemoteError,
     ServiceUnavailableError,
     TetherError,
@@ -34,11 +38,13 @@ from tether.store.format.layout import BLOB_NBYTES
 from tether.store.hierarchy.elsewhere import gateway_kvstore
 from tether.types import InferResponse, ModelRef, Tensors
 from tether.wire.oip import decode_error, decode_response, encode_request
-from tether.wire.parts import PARTS_KIND, Part, PartReader
+from tether.wire.parts import PARTS_KIND, PartReader
 
 __all__ = ["HttpClient"]
 
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
+_TIMEOUT_HEADER: Final = "X-Request-Timeout"
+_NO_ROOM: Final = f'"{QueueFullError.code}"'.encode()
 _CONNECT: Final = 5.0
 """Seconds to open a connection: a host that takes longer is not there."""
 _TIMEOUT: Final = 65.0
@@ -79,6 +85,8 @@ class _Reply:
     status: int
     header_nbytes: int
     body: bytes
+    retry_after: float = 0.0
+    """Seconds, of a request that found no room; 0: of all others."""
 
 
 class HttpClient:
@@ -86,7 +94,7 @@ class HttpClient:
 
     Every call raises the error of the tree that the gateway names, `ServiceUnavailableError` when nothing answers and
     `DeadlineExceededError` when the answer does not come in time. What may be repeated without harm is repeated when the
-    connection breaks; an inference only when it can't have reached the gateway.
+    connection breaks; an inference only when it can't have reached the gateway, or was sent away since the queue is full.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -104,6 +112,8 @@ class HttpClient:
         """Copies of its models elsewhere, and of others' there."""
         self.lending = Lending(self._ask)
         """Workers that it lends to others."""
+        self.rolling = Rolling(self._ask)
+        """How it changes while it serves."""
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -143,10 +153,10 @@ class HttpClient:
         body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True, priority=priority)
         headers = {HEADER_LENGTH: str(header_nbytes), "Content-Type": "application/octet-stream"}
         if timeout is not None:
-            headers["X-Request-Timeout"] = f"{timeout:g}"
+            headers[_TIMEOUT_HEADER] = f"{timeout:g}"
         wait = _TIMEOUT if timeout is None else timeout + _GRACE
         call = _Call("POST", _model_path(model, version) + "/infer", body, headers, wait, repeatable=False, limit=_TENSOR_LIMIT)
-        reply = await self._send(call)
+        reply = await self._patiently(call)
         return decode_response(reply.body, reply.header_nbytes)
 
     async def stream(
@@ -165,7 +175,7 @@ class HttpClient:
         body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True)
         headers = {HEADER_LENGTH: str(header_nbytes), "Content-Type": "application/octet-stream", "Accept": PARTS_KIND}
         if timeout is not None:
-            headers["X-Request-Timeout"] = f"{timeout:g}"
+            headers[_TIMEOUT_HEADER] = f"{timeout:g}"
         call = _Call("POST", _model_path(model, version) + "/infer_stream", body, headers, repeatable=False)
         total = None if timeout is None else timeout + _GRACE
         timeouts = aiohttp.ClientTimeout(total, sock_connect=_CONNECT, sock_read=_TIMEOUT if timeout is None else None)
@@ -183,7 +193,7 @@ class HttpClient:
                 for part in reader.fed(data):
                     if part.is_end:
                         return
-                    yield _decoded(part)
+                    yield part_of(part)
         except aiohttp.SocketTimeoutError:
             raise
         except aiohttp.ClientConnectionError as error:
@@ -314,10 +324,28 @@ class HttpClient:
         return value
 
     async def _send(self, call: _Call) -> _Reply:
-        reply = await self._exchange(call)
+        return self._accepted(call, await self._exchange(call))
+
+    def _accepted(self, call: _Call, reply: _Reply) -> _Reply:
         if reply.status // 100 != 2:  # noqa: PLR2004 (2xx)
             raise self._refusal(call, reply)
         return reply
+
+    async def _patiently(self, call: _Call) -> _Reply:
+        """As `_send`. What was sent away for want of room comes again as late as it was told, and spread, while its time allows that."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + call.timeout
+        while True:
+            reply = await self._exchange(call)
+            pause = reply.retry_after * random.uniform(1.0, 2.0)  # noqa: S311 (spreads load; nobody gains by guessing it)
+            left = end - clock() - pause
+            if not reply.retry_after or left <= _GRACE:
+                return self._accepted(call, reply)
+            await asyncio.sleep(pause)
+            headers = dict(call.headers or {})
+            if _TIMEOUT_HEADER in headers:
+                headers[_TIMEOUT_HEADER] = f"{left - _GRACE:g}"
+            call = replace(call, headers=headers, timeout=left)
 
     async def _exchange(self, call: _Call) -> _Reply:
         for pause in _PAUSES:
@@ -353,7 +381,7 @@ class HttpClient:
         with self._translated(call, call.timeout):
             async with self._requested(call, timeout) as response:
                 body = await _bounded(response, call.limit)
-                return _Reply(response.status, _header_nbytes(response), body)
+                return _Reply(response.status, _header_nbytes(response), body, _retry_after(response, body))
 
     def _requested(self, call: _Call, timeout: aiohttp.ClientTimeout) -> aiohttp.client._RequestContextManager:
         url = URL(self.url + call.path, encoded=True)
@@ -409,11 +437,9 @@ class HttpClient:
         return decode_error(reply.status, reply.body)
 
 
-def _decoded(part: Part) -> InferResponse:
-    """Raises: what the lab says in the part's place."""
-    if part.status != 200:  # noqa: PLR2004 (HTTP's OK)
-        raise decode_error(part.status, part.body)
-    return decode_response(part.body, part.header_nbytes)
+def _retry_after(response: aiohttp.ClientResponse, body: bytes) -> float:
+    told = response.headers.get("Retry-After", "")
+    return float(told) if response.status == QueueFullError.http_status and told.isdecimal() and _NO_ROOM in body else 0.0
 
 
 def _sendable(body: bytes | None) -> bytes | io.BytesIO | None:

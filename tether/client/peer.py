@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Final, Never
 
@@ -12,10 +13,12 @@ import orjson
 from blake3 import blake3
 
 from tether.client.admitting import Admitting
+from tether.client.answers import part_of
 from tether.client.copying import Copying
 from tether.client.lending import Lending
 from tether.client.own_manager import OwnManager
 from tether.client.replicating import OwnReplicating
+from tether.client.rolling import Rolling
 from tether.config import DataFolder, bootstrap_nodes
 from tether.errors import (
     ChunkAlteredError,
@@ -23,6 +26,7 @@ from tether.errors import (
     LockedModelError,
     RemoteError,
     StreamLostError,
+    TetherError,
     UnknownAliasError,
     UnknownVersionError,
     UnsupportedError,
@@ -33,6 +37,7 @@ from tether.swarm.rpc.rpc import Chunk, Outgoing, Piece
 from tether.types import InferResponse, ModelRef, Tensors
 from tether.wire.heads import joined
 from tether.wire.oip import decode_response, encode_request
+from tether.wire.parts import PartReader
 
 __all__ = ["PeerClient"]
 
@@ -48,6 +53,8 @@ _LENGTH_NBYTES: Final = 4
 """Before the JSON of an answer: its length, little-endian."""
 _LONG: Final = 1800.0
 """Seconds for a publish: a sandbox may import TensorFlow."""
+_LISTEN: Final = 10.0
+"""Seconds for which the lab is asked for parts at a time."""
 _READING: Final = frozenset({"events", "manifest", "models", "ping"})
 """Methods that may be heard twice."""
 _ENCRYPTING: Final = ("encrypt a model", "`tether publish --encrypt`")
@@ -105,6 +112,16 @@ class PeerClient:
         del method, path, value, repeatable
         self._only_there("lend its workers", "`tether lend`")
 
+    @property
+    def rolling(self) -> Rolling:
+        """Nothing of it: each call is refused."""
+        return Rolling(self._refused_rolling)
+
+    async def _refused_rolling(self, method: str, path: str, value: dict[str, Any] | None = None, *, repeatable: bool = True) -> Never:
+        """Raises: UnsupportedError."""
+        del method, path, value, repeatable
+        self._only_there("roll out a version, or drain workers", "`tether rollout`, `tether drain`, `tether restart`")
+
     async def _admission(self, method: str, path: str, value: dict[str, Any] | None = None, *, repeatable: bool = True) -> dict[str, Any]:
         """Raises: UnsupportedError."""
         del value, repeatable
@@ -149,18 +166,34 @@ class PeerClient:
         answer = await self._inferred(value, (model, version), _patience(len(body)) if timeout is None else timeout)
         return decode_response(memoryview(answer)[_LENGTH_NBYTES:], int.from_bytes(answer[:_LENGTH_NBYTES], "little"))
 
-    def stream(
+    async def stream(
         self,
         model: str,
         inputs: Tensors,
         *,
         version: int | None = None,
         outputs: Sequence[str] | None = None,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 (as above)
     ) -> AsyncGenerator[InferResponse]:
-        """Raises: UnsupportedError: a call over the swarm has one answer."""
-        del model, inputs, version, outputs, timeout
-        raise UnsupportedError("a lab can't be asked over the swarm to answer part by part: `infer` gives all parts, joined")
+        """As `infer`, part by part: the lab is asked for those that came, again and again. Closed, it stops the model.
+
+        `timeout`: seconds for all of it; without, the lab's own for each part. Lost on its way, it is not begun again.
+        """
+        body, header_nbytes = encode_request(inputs, outputs=outputs, binary=True)
+        value = _addressed(body, header_nbytes or len(body), model, version, timeout)
+        opened = _object("stream", await self._request("stream", timeout or _patience(len(body)), *value))
+        asked = orjson.dumps({"stream": opened.get("stream"), "wait": _LISTEN})
+        reader, is_over = PartReader(), False
+        try:
+            while not is_over:
+                for part in reader.fed(await self._request("parts", _LISTEN + _TIMEOUT, asked)):
+                    is_over = part.is_end or part.status != 200  # noqa: PLR2004 (HTTP's OK)
+                    if not part.is_end:
+                        yield part_of(part)
+        finally:
+            if not is_over:
+                with contextlib.suppress(TetherError):  # else the lab ends it when nobody has asked for a while
+                    await self._request("unstream", _LISTEN, asked)
 
     async def _inferred(self, value: Piece, asked: tuple[str, int | None], timeout: float) -> bytes:  # noqa: ASYNC109 (as above)
         clock = asyncio.get_running_loop().time
@@ -327,13 +360,7 @@ class PeerClient:
             if method not in _READING:
                 raise
             answer = await self._request(method, timeout, orjson.dumps(value))
-        try:
-            told = orjson.loads(answer)
-        except orjson.JSONDecodeError as error:
-            raise RemoteError(f"the lab answered {method} with bytes that are not JSON; do its version and this one differ?") from error
-        if not isinstance(told, dict):
-            raise RemoteError(f"the lab answered {method} with JSON that is not an object; do its version and this one differ?")
-        return told
+        return _object(method, answer)
 
     async def _request(self, method: str, timeout: float, *value: Chunk) -> bytes:  # noqa: ASYNC109 (as above)
         await self._introduced()
@@ -355,9 +382,22 @@ def _patience(nbytes: int) -> float:
     return _TIMEOUT + nbytes / _NBYTES_PER_SECOND
 
 
-def _addressed(body: bytes, header_nbytes: int, model: str, version: int | None) -> Piece:
-    """`u32 | JSON | tensors`: the request with the model's name in its JSON, which over HTTP is in the path."""
-    names = {"model_name": model} | ({} if version is None else {"model_version": str(version)})
+def _object(method: str, answer: bytes) -> dict[str, Any]:
+    """Raises: RemoteError: it is something else."""
+    try:
+        told = orjson.loads(answer)
+    except orjson.JSONDecodeError as error:
+        raise RemoteError(f"the lab answered {method} with bytes that are not JSON; do its version and this one differ?") from error
+    if not isinstance(told, dict):
+        raise RemoteError(f"the lab answered {method} with JSON that is not an object; do its version and this one differ?")
+    return told
+
+
+def _addressed(body: bytes, header_nbytes: int, model: str, version: int | None, seconds: float | None = None) -> Piece:
+    """`u32 | JSON | tensors`: the request with the model's name in its JSON, which over HTTP is in the path; of a stream, its deadline."""
+    names: dict[str, Any] = {"model_name": model} | ({} if version is None else {"model_version": str(version)})
+    if seconds is not None:
+        names["parameters"] = {"timeout": round(seconds * 1e6)}
     return joined(orjson.loads(memoryview(body)[:header_nbytes]) | names), memoryview(body)[header_nbytes:]
 
 

@@ -70,6 +70,9 @@ def _method(*verbs: str, whole: bool = False) -> Method:
 METHODS: dict[str, Method] = {
     "ping": _method(*VERBS),
     "infer": _method("infer"),
+    "stream": _method("infer"),
+    "parts": _method("infer"),
+    "unstream": _method("infer"),
     "capacity": _method("infer"),
     "models": _method("models", "infer", "replicate", "publish"),
     "manifest": _method("replicate"),

@@ -13,6 +13,7 @@ import orjson
 from tether.errors import DeadlineExceededError, ServiceUnavailableError, TetherError
 from tether.swarm.rpc.rpc import Incoming
 from tether.wire.faults import decode_error
+from tether.wire.parts import PARTS_KIND
 
 if TYPE_CHECKING:
     import aiohttp
@@ -58,22 +59,32 @@ class Gateway:
         `target`: the model as a URL names it, and the version, "" for the default one.
         Raises: what the gateway answers; ServiceUnavailableError: there is none, or it is away; DeadlineExceededError.
         """
-        model, version = target
-        path = f"/v2/models/{quote(model, safe='~@')}" + (f"/versions/{quote(version, safe='')}" if version else "") + "/infer"
-        nbytes = len(header) + tensors.left_nbytes
-        headers = {HEADER_LENGTH: str(len(header)), "Content-Type": "application/octet-stream", "Content-Length": str(nbytes)}
-        if seconds is not None:
-            headers["X-Request-Timeout"] = f"{max(seconds, 0.001):.3f}"
+        timeout = {} if seconds is None else {"X-Request-Timeout": f"{max(seconds, 0.001):.3f}"}
         limit = _TIMEOUT if seconds is None else min(seconds, _LONGEST)
         try:
-            async with asyncio.timeout(limit):
-                data = header + await tensors.rest() if nbytes <= _JOINED else _chunks(header, tensors)
-                async with self._asked("POST", path, data=data, headers=headers) as response:
-                    yield _answer(response)
+            async with asyncio.timeout(limit), self._run(_path(*target) + "/infer", header, tensors, timeout) as response:
+                yield _answer(response)
         except TimeoutError as error:
             if isinstance(error, TetherError):
                 raise
             raise DeadlineExceededError(f"no answer from the lab's gateway within {limit:g} s") from error
+
+    @asynccontextmanager
+    async def stream(self, target: tuple[str, str], header: bytes, tensors: Incoming) -> AsyncIterator[aiohttp.StreamReader]:
+        """As `infer`, with the answer in parts, as `wire.parts` frames them; left, the model stops. Nothing is read before it is asked for.
+
+        The deadline is the request's own parameter, else the gateway's for each part.
+        """
+        async with self._run(_path(*target) + "/infer_stream", header, tensors, {"Accept": PARTS_KIND}) as response:
+            yield response.content
+
+    @asynccontextmanager
+    async def _run(self, path: str, header: bytes, tensors: Incoming, more: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        nbytes = len(header) + tensors.left_nbytes
+        headers = {HEADER_LENGTH: str(len(header)), "Content-Type": "application/octet-stream", "Content-Length": str(nbytes)}
+        data = header + await tensors.rest() if nbytes <= _JOINED else _chunks(header, tensors)
+        async with self._asked("POST", path, data=data, headers=headers | more) as response:
+            yield response
 
     async def events(self, after: int | None, wait: float) -> dict[str, Any]:
         """What happened in the lab: `{"events", "seq"}`, at once or, if nothing has after that number, when something does.
@@ -121,6 +132,10 @@ class Gateway:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+
+def _path(model: str, version: str) -> str:
+    return f"/v2/models/{quote(model, safe='~@')}" + (f"/versions/{quote(version, safe='')}" if version else "")
 
 
 def _answer(response: aiohttp.ClientResponse) -> Answer:

@@ -74,7 +74,7 @@ class Lines:
             answer: Mapping[str, Any] = orjson.loads(await node.request(peer, method, orjson.dumps(value), _ANSWER))
             return answer
 
-        methods.lender, methods.register = self._lender, self.borrower.register
+        methods.running.lender, methods.register = self._lender, self.borrower.register
         self.borrower.begin(node.request)
         if self._workers is not None:
             self._readying = Readying(self._operations.repository, pulling, ask, self._workers, changed)

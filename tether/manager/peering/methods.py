@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import struct
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import orjson
 from blake3 import blake3
 
-from tether.config import Limits
 from tether.errors import MalformedRequestError, ManagerLeavingError, ServiceUnavailableError, UnknownModelError, UnknownVersionError
 from tether.manager.peering.gateway import Gateway
-from tether.manager.peering.lender import Lender
-from tether.manager.peering.readying import Wanted
+from tether.manager.peering.running import READING_ON, Running, url_name
 from tether.manager.peering.telling import Telling
 from tether.security.access import Access
 from tether.store import Repository
 from tether.swarm.node.node import PREFIX
-from tether.swarm.rpc.rpc import Call, Incoming, Reply, Service
-from tether.types import Digest, ModelRef, ModelVersion
+from tether.swarm.rpc.rpc import Call, Service
+from tether.types import Digest, ModelRef
 
 __all__ = ["Ask", "Methods"]
 
@@ -32,9 +28,6 @@ _DIGEST_NBYTES: Final = 32
 _MOST_RESOLVED: Final = 4096
 _MOST_WAIT: Final = 30.0
 """Seconds for which a question about models may stay open: a peer that is gone without a word is forgotten then."""
-_MOST_HEADER: Final = Limits().body_nbytes
-"""Bytes of an inference's JSON, which has to be here as a whole; tensors behind it have not. Without those it is all that there is."""
-_Length: Final = struct.Struct("<I")
 Asked = TypeVar("Asked")
 
 Ask = Callable[..., Awaitable[Any]]
@@ -74,19 +67,6 @@ class _Alias(msgspec.Struct):
     version: int
 
 
-class _Infer(msgspec.Struct):
-    model_name: str
-    model_version: str = ""
-
-
-class _Request(NamedTuple):
-    """An inference, whose tensors may still be on their way."""
-
-    header: bytes
-    tensors: Incoming
-    reply: Reply
-
-
 class Methods:
     """Of one lab."""
 
@@ -106,8 +86,7 @@ class Methods:
         """Peer, method: what is open to a key by something else than its scopes."""
         self.may: Callable[[str, str, str | None], bool] = access.may
         """Peer, method, model by its resolved name: whether it may, by scopes or something else."""
-        self.lender: Lender | None = None
-        """Who runs models of labs to which workers are lent, and knows how the workers stand."""
+        self.running = Running(repository, gateway, self._check)
         self.register: Callable[[str, bytes], Awaitable[bytes]] = _no_borrower
         """Caller, value → what `register` answers."""
         self._publisher, self._ask, self._repository = publisher, ask, repository
@@ -134,11 +113,10 @@ class Methods:
             "have": self._have,
             "heads": self._heads,
             "events": self._telling.events,
-            "capacity": self._capacity,
             "register": self._register,
         }.items():
             service.respond(PREFIX + name, handler)
-        service.pass_on(PREFIX + "infer", self._infer, Limits().body_nbytes + _Length.size)
+        self.running.serve(service)
         return service
 
     def leave(self) -> None:
@@ -158,7 +136,7 @@ class Methods:
         name = method.removeprefix(PREFIX)
         if not self.opens(peer, name):
             self._access.check(peer, name)
-        if self._is_leaving:
+        if self._is_leaving and name not in READING_ON:
             raise ManagerLeavingError("the manager of this lab is about to end and did nothing: call again, the next one answers")
 
     async def _check(self, call: Call, name: str) -> str:
@@ -172,7 +150,7 @@ class Methods:
             try:
                 resolved = (await asyncio.to_thread(self._repository.resolve, ref)).name
             except UnknownModelError:
-                resolved = _url_name(ref)
+                resolved = url_name(ref)
             else:
                 self._remember(name, resolved)
         self._access.check(call.peer, call.method.removeprefix(PREFIX), resolved)
@@ -201,7 +179,8 @@ class Methods:
     def _pinged(self, call: Call, rows: Iterable[dict[str, Any]]) -> bytes:
         seen = len(self._shown(call, rows))
         answer = {"publisher": self._publisher, "time": time.time(), "models": seen, "serves": self._gateway.is_there}
-        vitals = None if self.lender is None else self.lender.pinged(call.peer)
+        lender = self.running.lender
+        vitals = None if lender is None else lender.pinged(call.peer)
         return orjson.dumps(answer if vitals is None else answer | {"lent": msgspec.to_builtins(vitals)})
 
     # --- what there is
@@ -254,61 +233,11 @@ class Methods:
         """What this lab has of one publisher's models, to labs that hold copies of them too: see `group_view`."""
         return await self.have(call.peer, value)
 
-    # --- running
-
-    async def _infer(self, call: Call, body: Incoming, reply: Reply) -> None:
-        (nbytes,) = _Length.unpack(await body.read(_Length.size))
-        if not 0 < nbytes <= _MOST_HEADER:
-            raise MalformedRequestError(f"infer: {nbytes} bytes of JSON; 1 to {_MOST_HEADER} are taken, and tensors in binary behind it")
-        header = await body.read(nbytes)
-        try:
-            asked = msgspec.json.decode(header, type=_Infer)
-        except msgspec.DecodeError as error:
-            raise MalformedRequestError(f"infer: the JSON is no inference request with a model_name: {error}") from None
-        ref = ModelRef.parse(asked.model_name)
-        request = _Request(header, body, reply)
-        if self.lender is not None and ref.publisher == call.peer and self.lender.lends(call.peer, ref.name):
-            async with self.lender.turn(call.peer):
-                await self._run_for(call, ref, request)
-            return
-        await self._check(call, _url_name(ref))
-        name = f"{_url_name(ref)}@{ref.alias}" if ref.alias else _url_name(ref)
-        version = asked.model_version or ("" if ref.version is None else str(ref.version))
-        if ref.sha is not None:
-            version = str((await asyncio.to_thread(self._repository.resolve, ref)).version)
-        await self._run(call, (name, version), request)
-
-    async def _run_for(self, call: Call, ref: ModelRef, request: _Request) -> None:
-        """A model of the caller's own, on workers that are lent to it; by its key, since what it is called here is this lab's choice."""
-        bare = dataclasses.replace(ref, publisher=None)
-        record = await asyncio.to_thread(self._repository.resolve, bare, call.peer)
-        await self._run(call, (record.name, str(record.version)), request)
-
-    async def _run(self, call: Call, target: tuple[str, str], request: _Request) -> None:
-        seconds = None if call.deadline is None else call.deadline - asyncio.get_running_loop().time()
-        async with self._gateway.infer(target, request.header, request.tensors, seconds) as answer:
-            await request.reply.begin(_Length.size + answer.nbytes)
-            await request.reply.write(_Length.pack(answer.header_nbytes))
-            async for chunk in answer.chunks:
-                await request.reply.write(chunk)
-
-    async def _capacity(self, call: Call, value: bytes) -> bytes:
-        """How a model stands here: of this lab, or, to whom workers are lent, its own, which is made ready if it asks for that."""
-        asked, lender = _asked(value, Wanted), self.lender
-        if lender is None:
-            raise ServiceUnavailableError("this lab has no workers now: ask again later")
-        if asked.digest and lender.lends(call.peer, asked.model):
-            return msgspec.json.encode(await lender.capacity(call.peer, asked))
-        ref = dataclasses.replace(ModelRef.parse(asked.model), version=asked.version)
-        await self._check(call, _url_name(ref))
-        record = await asyncio.to_thread(self._repository.resolve, ref)
-        return msgspec.json.encode(await lender.standing(ModelVersion(record.name, record.version, record.digest)))
+    # --- lending and publishing
 
     async def _register(self, call: Call, value: bytes) -> bytes:
         """Workers of the caller's, for this lab."""
         return await self.register(call.peer, value)
-
-    # --- publishing
 
     async def _stage(self, call: Call, value: bytes) -> bytes:
         digest, data = value[:_DIGEST_NBYTES], value[_DIGEST_NBYTES:]
@@ -382,7 +311,3 @@ def _asked(value: bytes, kind: type[Asked]) -> Asked:
 def _shown(model: dict[str, Any]) -> dict[str, Any]:
     """What others see of a model: how this lab serves it is its own matter."""
     return {key: value for key, value in model.items() if key != "serving"}
-
-
-def _url_name(ref: ModelRef) -> str:
-    return f"{ref.publisher}~{ref.name}" if ref.publisher else ref.name

@@ -155,6 +155,7 @@ class Presence:
         await asyncio.gather(*(kept.aclose() for kept in self._kept.values()))
         await asyncio.gather(self._take_leave(), self.own_feed.aclose())
         await self.node.aclose()
+        await self._methods.running.aclose()
         self._pulling.close()
         self._shelf.close()
 
@@ -215,6 +216,7 @@ class Presence:
         """It may do less than before."""
         self.node.cut(peer)
         self._lab.lines.less(peer)
+        self._do(asyncio.create_task(self._methods.running.less(peer, self._methods.may)))
         self._do(asyncio.create_task(self.own_feed.cut(peer)))
 
     def _lied(self, peer: str, error: TetherError) -> None:
