@@ -17,6 +17,7 @@ from pathlib import Path
 import platformdirs
 
 from tether.errors import BadNameError, ConfigError
+from tether.sites import region_name
 
 __all__ = [
     "CARDS_ENV",
@@ -55,10 +56,10 @@ REGION_ENV = "TETHER_REGION"
 
 def lab_region(text: str) -> str:
     """Where a lab is, in words that labs agreed on; "": nobody said. Raises: ConfigError."""
-    from tether.types import region_name  # numpy: not for `--help`
-
+    if not text:
+        return ""
     try:
-        return region_name(text) if text else ""
+        return region_name(text)
     except BadNameError as error:
         raise ConfigError(f"{error} (--region, {REGION_ENV})") from error
 
@@ -219,6 +220,7 @@ HOUSEKEEPING: dict[str, object] = {
     "distributed.worker.memory.monitor-interval": "10s",
     "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.active-memory-manager.start": False,
+    "distributed.scheduler.worker-ttl": None,
     "distributed.scheduler.http.routes": [],
     "distributed.worker.http.routes": [],
     "distributed.admin.tick.interval": "2s",
@@ -226,4 +228,7 @@ HOUSEKEEPING: dict[str, object] = {
     "distributed.admin.system-monitor.gil.enabled": False,
     "distributed.comm.require-encryption": True,
 }
-"""Settings of `dask.config` for the cluster's processes: an idle cluster falls from 0.09 cores to 0.01 (DESIGN.md §2)."""
+"""Settings of `dask.config` for the cluster's processes: an idle cluster falls from 0.09 cores to 0.01 (DESIGN.md §2).
+
+Of a worker that is silent Dask would have the process end after five minutes (`worker-ttl`); its models are there still.
+"""

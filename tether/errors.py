@@ -63,6 +63,7 @@ __all__ = [
     "NoModelFileError",
     "NoSpaceError",
     "NoWorkerError",
+    "NotANumberError",
     "NotFoundError",
     "NotWriterError",
     "PayloadTooLargeError",
@@ -93,6 +94,7 @@ __all__ = [
     "UnknownMethodError",
     "UnknownModelError",
     "UnknownVersionError",
+    "UnknownWorkerError",
     "UnsupportedError",
     "UntrustedCodeError",
     "WorkerLostError",
@@ -190,6 +192,12 @@ class UnknownAliasError(NotFoundError):
     """The model has no such alias."""
 
     code = "unknown_alias"
+
+
+class UnknownWorkerError(NotFoundError):
+    """The lab has no worker of this name now."""
+
+    code = "unknown_worker"
 
 
 class UnknownMethodError(NotFoundError):
@@ -317,6 +325,13 @@ class ModelFailedError(RequestError, RuntimeError):
     """The model itself raised on this input."""
 
     code = "model_failed"
+    http_status = 422
+
+
+class NotANumberError(RequestError, ArithmeticError):
+    """A version that is being rolled out answered NaN to an input that has none."""
+
+    code = "not_a_number"
     http_status = 422
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from tether.serving_settings import DEFAULTS, ServingSettings
-from tether.types import ModelInfo, ModelVersion, WorkerId, WorkerMemory
+from tether.types import ModelInfo, ModelVersion, WorkerId, WorkerMemory, WorkerSite
 
 __all__ = [
     "CatalogChanged",
@@ -16,6 +16,7 @@ __all__ = [
     "Event",
     "Evicting",
     "GatewayLoad",
+    "Holding",
     "InputCondemned",
     "LentChanged",
     "LentWorker",
@@ -30,8 +31,10 @@ __all__ = [
     "Unloaded",
     "VersionIsolated",
     "VersionLoad",
+    "WorkerBack",
     "WorkerJoined",
     "WorkerLeft",
+    "WorkerSilent",
 ]
 
 
@@ -46,9 +49,17 @@ class CatalogModel:
     serving: ServingSettings = DEFAULTS
 
 
+class Holding(msgspec.Struct, frozen=True):
+    """A version that a worker has in memory."""
+
+    model: ModelVersion
+    endpoint: str
+    serving: ServingSettings
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """A worker registered; it has nothing in memory yet."""
+    """A worker registered: a new process, or one that went on while the orchestrator was away."""
 
     worker: WorkerId
     address: str
@@ -56,11 +67,30 @@ class WorkerJoined:
     gpus: int
     memory: WorkerMemory | None = None
     """None: nothing is known of it."""
+    site: WorkerSite = field(default_factory=WorkerSite)
+    holdings: tuple[Holding, ...] = ()
+    """What it has in memory; what it was loading when the orchestrator went is not among it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLeft:
     """The worker's connection ended: killed, stopped or cut off. Dask tells of it before another worker may join at the address."""
+
+    address: str
+    for_good: bool = False
+    """Whether it was sent away, since the lab needs fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSilent:
+    """The worker answers no pings: it is stopped, has no time, or is cut off. What it has in memory is there still."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBack:
+    """A silent worker answers again."""
 
     address: str
 
@@ -135,6 +165,12 @@ class VersionLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     """Seconds of the slowest answer."""
     open: int = 0
     """Requests that had no answer at the interval's end."""
+    worse: int = 0
+    """Requests that it failed, as a version that is being rolled out, and the version before answered, or had answered."""
+    right: int = 0
+    """Answers of any time whose labels came in the interval, and said that they were right."""
+    wrong: int = 0
+    """The same, wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +195,8 @@ class Loaded:
     endpoint: str
     memory: WorkerMemory | None = None
     """What the worker's models take now."""
+    seconds: float = 0.0
+    """What it took, fetching and a first run included, waiting for room not. 0: it did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +265,15 @@ class QuarantineCleared:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """Somebody wants a worker of the lab to take no more requests, or is about to end it; or wants it to go on."""
+
+    worker: WorkerId
+    patience: float | None
+    """Seconds in which what it has is placed elsewhere before it goes all the same. None: it is to go on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -234,6 +281,8 @@ class Tick:
 Event = (
     WorkerJoined
     | WorkerLeft
+    | WorkerSilent
+    | WorkerBack
     | CatalogChanged
     | LentChanged
     | ManagerLeft
@@ -247,6 +296,7 @@ Event = (
     | VersionIsolated
     | InputCondemned
     | QuarantineCleared
+    | DrainAsked
     | Tick
 )
 

@@ -25,6 +25,7 @@ __all__ = [
     "OnReply",
     "OpenStream",
     "Replicating",
+    "Rolling",
     "Runtime",
     "SignedManifest",
     "Streaming",
@@ -102,7 +103,7 @@ class Runtime(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # nobody changes one; frozen ones take four times as long to make, and each request makes one
 class Hop:
     """One request on its way from the gateway to a worker: the HTTP body as it came."""
 
@@ -113,15 +114,19 @@ class Hop:
     """Seconds that are left for the answer."""
     alone: bool = False
     """Whether it is suspected to end the process that runs it: it runs alone, in one of its own."""
+    session: bytes = b""
+    """What the caller called the requests that belong together; the gateway's own matter."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # nobody changes one; frozen ones take four times as long to make, and each request makes one
 class HopReply:
     """A worker's answer: an HTTP status and body, ready to send."""
 
     status: int
     body: bytes
     header_nbytes: int = 0
+    retry_after: int = 1
+    """Of a 429 or 503: seconds after which another try is due."""
 
 
 class Undelivered(enum.Enum):
@@ -353,6 +358,45 @@ class Lending(Protocol):
         """Workers that other labs lend to this one now: `{"worker", "publisher", "models", "slots", "gpus"}`, and as they said a second
         ago: `{"free": slots, "queue": seconds until a request begins, "loaded": how many models}`.
         """
+        ...
+
+
+class Rolling(Protocol):
+    """A lab that changes while it serves: new versions step by step, workers one by one. Answers are plain JSON values."""
+
+    async def begin_rollout(self, name: str, terms: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin to put a version in the place of the one that the name means. `terms`: fields of `Rollout`, `version` at least.
+
+        The answer is that of `rollout`. The same asked again is the same one.
+        Raises: ConflictError: another one goes on, or the name means the version already; UnknownVersionError; BadInputError.
+        """
+        ...
+
+    async def rollout(self, name: str) -> dict[str, Any]:
+        """`{"model", "version", "before", "state", "weight", "shadow", "steps", "every", "begun", "reason"}`, of the latest one.
+
+        `state`: loading, shadow, canary, promoted, reverted, aborted. Raises: NotFoundError: there was none.
+        """
+        ...
+
+    async def end_rollout(self, name: str) -> dict[str, Any]:
+        """Go back: the name means what it meant, at once. Does nothing where none goes on. The answer is that of `rollout`."""
+        ...
+
+    async def drain(self, worker: str, patience: float, wait: float) -> dict[str, Any]:
+        """Have a worker take no more requests, once what it has is elsewhere or `patience` seconds are over, and answer those it has.
+
+        The answer comes when it has nothing any more, or after `wait` seconds: `{"worker", "state": draining, drained …, "models", "pid"}`.
+        Raises: UnknownWorkerError; UnsupportedError: it is another lab's.
+        """
+        ...
+
+    async def undrain(self, worker: str) -> dict[str, Any]:
+        """Have it go on."""
+        ...
+
+    async def restart_worker(self, worker: str) -> dict[str, Any]:
+        """End its process, so that who looks after it starts another one: `{"worker", "state", "models", "pid": of the one that ends}`."""
         ...
 
 

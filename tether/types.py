@@ -32,10 +32,10 @@ __all__ = [
     "Tensors",
     "WorkerId",
     "WorkerMemory",
+    "WorkerSite",
     "datatype_of",
     "dtype_of",
     "model_name",
-    "region_name",
 ]
 
 Digest = NewType("Digest", str)
@@ -107,19 +107,6 @@ def model_name(text: str) -> str:
         raise BadNameError(f"model name {text[:80]!r}: use 1–64 of a–z, 0–9, '.', '_', '-', starting with a letter or digit")
     if text in RESERVED_NAMES:
         raise BadNameError(f"model name {text!r} is reserved by the inference protocol; choose another")
-    return text
-
-
-_REGION = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-
-
-def region_name(text: str) -> str:
-    """`text`, if it names a region: where a lab is, in words that those who share models agreed on.
-
-    Raises: BadNameError: it does not.
-    """
-    if not _REGION.fullmatch(text):
-        raise BadNameError(f"region {text[:80]!r}: use 1–32 of a–z, 0–9, '-', starting with a letter or digit, such as eu-west")
     return text
 
 
@@ -251,6 +238,15 @@ class WorkerMemory(msgspec.Struct, frozen=True):
         return max(self.budget - self.used, 0) if self.budget else None
 
 
+class WorkerSite(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was said of a worker when it was started, for those who choose where a model runs."""
+
+    region: str = ""
+    """"": nobody said."""
+    labels: tuple[str, ...] = ()
+    """Each as `gpu=a100`."""
+
+
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
     """An output that the caller asked for by name."""
@@ -259,7 +255,7 @@ class RequestedOutput:
     binary: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # nobody changes one; frozen ones take four times as long to make, and each request makes one
 class InferRequest:
     """A decoded inference request (OIP §2, §3)."""
 

@@ -29,8 +29,8 @@ if header ~= "" then wrk.headers["Inference-Header-Content-Length"] = header end
 function done(summary, latency, requests)
   local e = summary.errors
   local failed = e.connect + e.read + e.write + e.timeout + e.status
-  local p50, p99 = latency:percentile(50), latency:percentile(99)
-  io.write(string.format("RESULT %d %d %d %d %d\\n", summary.requests, summary.duration, failed, p50, p99))
+  local p50, p90, p99 = latency:percentile(50), latency:percentile(90), latency:percentile(99)
+  io.write(string.format("RESULT %d %d %d %d %d %d %d\\n", summary.requests, summary.duration, failed, p50, p90, p99, latency.max))
 end
 """
 
@@ -43,7 +43,9 @@ class Cell:
     """Requests a second."""
     p50: float
     """Milliseconds."""
+    p90: float
     p99: float
+    slowest: float
     errors: int
 
 
@@ -86,5 +88,6 @@ def run(url: str, model: str, clients: int, seconds: int) -> Cell:
         command = ["wrk", *options, f"{url}/v2/models/{model}/infer"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    requests, duration, errors, p50, p99 = map(float, line.split()[1:])
-    return Cell(requests / duration * 1e6, p50 / 1000, p99 / 1000, int(errors))
+    requests, duration, errors, *times = map(float, line.split()[1:])
+    p50, p90, p99, slowest = (each / 1000 for each in times)
+    return Cell(requests / duration * 1e6, p50, p90, p99, slowest, int(errors))

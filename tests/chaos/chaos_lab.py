@@ -78,6 +78,8 @@ class Client:
     def __init__(self, lab):
         self.address = urlsplit(lab.status().gateway)
         self.reader = self.writer = None
+        self.told = ""
+        """Status line and headers of the last answer."""
 
     async def ask(self, model, value, timeout=PROMPT):  # noqa: ASYNC109 (it is the lab's)
         """Status, what was answered (a number, or a code), seconds. Raises: OSError: the connection, if there is one, ended."""
@@ -88,11 +90,13 @@ class Client:
         head = f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         self.writer.write(f"{head}x-request-timeout: {timeout}\r\n\r\n".encode() + body)
         try:
-            told = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
+            told = self.told = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
             length = int(told.partition("content-length: ")[2].partition("\r\n")[0])
             answer = json.loads(await self.reader.readexactly(length))
         except asyncio.IncompleteReadError as error:
             raise ConnectionResetError from error
+        if "\r\nconnection: close" in told:
+            await self.aclose()
         status = int(told.split()[1])
         return status, answer["outputs"][0]["data"][0] if status == 200 else answer["code"], time.monotonic() - begun
 

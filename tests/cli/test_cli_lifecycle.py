@@ -17,7 +17,7 @@ from tether.cli.logs import last_lines
 COMMANDS = {
     "accept", "alias", "allow", "diff", "disallow", "doctor", "down", "enrol", "events", "export", "gateway", "gc", "hold", "infer",
     "invite", "lend", "logs", "manager", "models", "orchestrator", "peers", "policy", "publish", "repair", "replicate", "rm", "rollback",
-    "quarantine", "rotate", "serving", "show", "status", "trust", "up", "verify", "worker",
+    "quarantine", "restart", "rollout", "rotate", "serving", "show", "status", "trust", "up", "verify", "worker", "drain", "explain",
 }  # fmt: skip
 
 

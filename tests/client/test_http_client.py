@@ -14,6 +14,7 @@ from tether.errors import (
     NotFoundError,
     RemoteError,
     ServiceUnavailableError,
+    TetherError,
     UnauthenticatedError,
     UnknownModelError,
     UnsupportedError,
@@ -170,6 +171,36 @@ async def test_what_is_no_answer_of_a_gateway_is_an_error_of_ours(raw, error):
     async with server, HttpClient(f"http://127.0.0.1:{port}") as client:
         with pytest.raises(error):
             await client.models()
+
+
+async def full_twice(seconds):
+    """Of a gateway that has no room twice: what the client is told in the end, and the deadlines that it sent."""
+    refusal = http("503 Service Unavailable", b'{"error": "full", "code": "queue_full"}', "Retry-After: 1")
+    answers, told = [refusal, refusal, http("422 Unprocessable Entity", b'{"error": "it ran", "code": "model_failed"}')], []
+
+    async def handle(reader, writer):
+        told.append(float((await reader.readuntil(b"\r\n\r\n")).decode().lower().partition("x-request-timeout: ")[2].partition("\r")[0]))
+        writer.write(answers[len(told) - 1])
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    async with server, HttpClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        with pytest.raises(TetherError) as caught:
+            await client.infer("m", {"x": rows()}, timeout=seconds)
+    return caught.value.code, told
+
+
+async def test_an_inference_for_which_there_is_no_room_comes_again_while_its_time_allows(monkeypatch):
+    monkeypatch.setattr("random.uniform", lambda *_: 0.05)
+    code, told = await full_twice(30.0)
+    assert (code, len(told)) == ("model_failed", 3)
+    assert told[0] == 30.0 > told[1] > told[2] > 0
+
+
+async def test_one_without_the_time_for_that_is_told_at_once():
+    code, told = await full_twice(1.0)
+    assert (code, told) == ("queue_full", [1.0])
 
 
 async def test_an_answer_over_its_limit_is_not_read(gateway, client):

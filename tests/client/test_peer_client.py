@@ -193,6 +193,7 @@ ONLY_THERE = (
     (lambda lab: lab.diff("digits", 1, 1), "tether diff digits 1 1"),
     (lambda lab: lab.delete("digits", 1), "tether rm digits:1"),
     (lambda lab: lab.repair("digits"), "tether verify digits"),
+    (lambda lab: lab.explain("digits"), "tether explain digits"),
     (lambda lab: lab.gc(), "tether gc"),
     (lambda lab: lab.status(), "tether status"),
     (lambda lab: list(lab.workers), "tether status"),
@@ -200,7 +201,6 @@ ONLY_THERE = (
     (lambda lab: lab.invite("digits"), "tether invite"),
     (lambda lab: list(lab.peers), "tether peers"),
     (lambda lab: lab.models["digits"][1].kvstore(), "gateway"),
-    (lambda lab: next(lab.stream("digits", X)), "infer"),
 )
 
 

@@ -136,7 +136,10 @@ class TestDispatcher:
         self.management = Manager()
         self.events = EventLog()
         self.held, self.cancelled, self.hops = [], [], []
-        self.told = {}
+        self.told, self.labels = {}, []
+
+    def labelled(self, *labels):
+        self.labels.append(labels)
 
     async def vitals(self):
         return self.told

@@ -6,152 +6,13 @@ import socket
 import threading
 import time
 
-import numpy as np
 import pytest
+from dispatch_rig import VERSION, Control, Doubling, Fatal, Rig, body, eventually, said, table
 from msgspec import structs
 
-from tether.errors import ModelDiedError, ModelFailedError, ServiceUnavailableError
-from tether.gateway.dispatch import Dispatch
-from tether.gateway.transport import UnixTransport
-from tether.manager.hops import HopServer
-from tether.ports import Hop
 from tether.routing.policies import BUSY
-from tether.routing.table import ModelEntry, Route, Table, VersionEntry
-from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId
+from tether.routing.table import ModelEntry, Table, VersionEntry
 from tether.wire.frames import FrameWriter
-from tether.worker.serving import ModelServer
-
-VERSION = ModelVersion("m", 1, Digest("0" * 64))
-SPEC = TensorSpec("x", "FP32", (-1, 2))
-PROMPT = 60.0
-"""Seconds that any of this may take on a busy machine before the test fails."""
-
-
-class Doubling:
-    """y = 2x. Fails on a batch with a negative number; waits for `gate` before it answers."""
-
-    def __init__(self, *, pure=True):
-        self.info = ModelInfo("custom", "custom", (SPEC,), (TensorSpec("y", "FP32", (-1, 2)),), batched=True, pure=pure, code=True)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.batches = []
-
-    def run(self, inputs):
-        self.batches.append(len(inputs["x"]))
-        self.gate.wait(2 * PROMPT)
-        if (inputs["x"] < 0).any():
-            raise ModelFailedError("negative numbers are not for this model")
-        return {"y": 2 * inputs["x"]}
-
-    def interrupt(self):
-        self.gate.set()
-
-    def close(self):
-        self.gate.set()
-
-
-class Control:
-    """An orchestrator that places nothing and remembers what it was asked."""
-
-    def __init__(self, state="loading", reason=""):
-        self.answer, self.wanted = (state, reason), []
-
-    async def want(self, model):
-        self.wanted.append(model)
-        return self.answer
-
-    async def status(self):
-        return {}
-
-    async def vitals(self):
-        return {}
-
-    async def quarantine(self, *_):
-        raise ServiceUnavailableError("the orchestrator does not answer")
-
-    async def forgive(self, _):
-        """It was told of nothing, so there is no other table."""
-
-
-class Fatal(Doubling):
-    """Each input ends its process."""
-
-    def run(self, _):
-        raise ModelDiedError("the model's process died", True)
-
-
-def table(info, *endpoints, lent=()):
-    routes = tuple(Route(WorkerId(f"w{index}"), str(endpoint)) for index, endpoint in enumerate(endpoints))
-    routes += tuple(Route(WorkerId(f"lent-{index}"), str(endpoint), slots=4) for index, endpoint in enumerate(lent))
-    entry = VersionEntry(VERSION, info, "ready" if routes else "unloaded", routes)
-    return Table(1, {"m": ModelEntry("m", 1, {1: entry}, {"latest": 1})})
-
-
-def body(*values):
-    tensor = {"name": "x", "shape": [len(values), 2], "datatype": "FP32", "data": [[value, value] for value in values]}
-    return json.dumps({"inputs": [tensor]}).encode()
-
-
-class Rig:
-    """A dispatcher and model servers in one process."""
-
-    def __init__(self, folder, control=None):
-        self.folder, self.control = folder, control or Control()
-        self.dispatch, self.servers, self.lenders = Dispatch(self.control, None), [], []
-
-    def serve(self, model):
-        server = ModelServer(VERSION, model, self.folder / f"{len(self.servers)}.sock")
-        server.start()
-        self.servers.append(server)
-        return server
-
-    def lend(self, model):
-        self.lenders.append(Lender(self, model))
-        return self.lenders[-1]
-
-    def route(self, info, *servers):
-        own = [server.endpoint for server in servers if isinstance(server, ModelServer)]
-        lent = [server.endpoint for server in servers if isinstance(server, Lender)]
-        self.dispatch.replace_table(table(info, *own, lent=lent))
-
-    def ask(self, *values, timeout=PROMPT):
-        future = asyncio.get_running_loop().create_future()
-        self.cancel = self.dispatch.infer("m", None, Hop(body(*values), 0, timeout), future.set_result)
-        return future
-
-    async def aclose(self):
-        for lender in self.lenders:
-            await lender.aclose()
-        self.close()
-
-    def close(self):
-        self.dispatch.close()
-        for server in self.servers:
-            server.loaded.close()  # one that still waits at its gate
-            server.stop()
-
-
-class Lender:
-    """Another lab behind the manager's socket: a worker that is asked by that lab's own gateway."""
-
-    def __init__(self, rig, model):
-        self.transport = UnixTransport(str(rig.serve(model).endpoint), None)
-        self.hops, self.cancelled = HopServer(rig.folder, self.infer), 0
-        self.endpoint = self.hops.start()
-
-    async def infer(self, hop):
-        future = asyncio.get_running_loop().create_future()
-        abandon = self.transport.send(hop, future.set_result)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            abandon()
-            raise
-
-    async def aclose(self):
-        self.transport.close()
-        await self.hops.aclose()
 
 
 @pytest.fixture
@@ -161,17 +22,6 @@ async def rig(tmp_path):
     await made.aclose()
 
 
-def said(reply):
-    answer = json.loads(reply.body)
-    return np.array(answer["outputs"][0]["data"]).reshape(-1, 2)[:, 0].tolist() if reply.status == 200 else (reply.status, answer["code"])
-
-
-async def eventually(condition):
-    async with asyncio.timeout(PROMPT):
-        while not condition():  # noqa: ASYNC110 (other threads make it true)
-            await asyncio.sleep(0.005)
-
-
 async def test_what_piles_up_behind_a_batch_is_the_next_batch(rig):
     model = Doubling()
     rig.route(model.info, rig.serve(model))
@@ -179,7 +29,7 @@ async def test_what_piles_up_behind_a_batch_is_the_next_batch(rig):
     first = rig.ask(1)
     await eventually(lambda: model.batches == [1])
     rest = [rig.ask(number) for number in range(2, 10)]
-    await eventually(lambda: next(iter(rig.dispatch._transports.values())).in_flight == 9)
+    await eventually(lambda: next(iter(rig.dispatch._lines.transports.values())).in_flight == 9)
     await asyncio.sleep(0)
     model.gate.set()
     assert [said(reply) for reply in await asyncio.gather(first, *rest)] == [[2.0 * number] for number in range(1, 10)]
@@ -204,7 +54,7 @@ async def test_requests_of_a_worker_that_goes_away_are_answered_by_another(rig):
     asked = [rig.ask(number) for number in (1, 2, 3)]
     await eventually(lambda: slow.batches)
     rig.route(slow.info, first, second)
-    for transport in rig.dispatch._transports.values():  # what a killed worker looks like from here
+    for transport in rig.dispatch._lines.transports.values():  # what a killed worker looks like from here
         transport._transport.abort()
     assert [said(reply) for reply in await asyncio.gather(*asked)] == [[2.0], [4.0], [6.0]]
     assert quick.batches
@@ -218,7 +68,7 @@ async def test_a_model_that_is_not_pure_is_never_asked_twice(rig):
     asked = rig.ask(1)
     await eventually(lambda: slow.batches)
     rig.route(slow.info, first, second)
-    next(iter(rig.dispatch._transports.values()))._transport.abort()
+    next(iter(rig.dispatch._lines.transports.values()))._transport.abort()
     assert said(await asked) == (503, "worker_lost")
     assert other.batches == []
 
@@ -281,6 +131,19 @@ async def test_a_new_orchestrator_is_told_of_what_was_in_memory_and_not_of_what_
     assert rig.dispatch.used() == []
 
 
+async def test_another_orchestrator_is_known_by_its_epoch_however_far_it_counts(rig):
+    model = Doubling()
+    rig.route(model.info)
+    asked = rig.ask(1)
+    await eventually(lambda: rig.control.wanted)
+    rig.route(model.info, rig.serve(model))
+    assert said(await asked) == [2.0]
+    rig.dispatch.replace_table(structs.replace(table(model.info), seq=9, epoch=7))
+    assert rig.dispatch.used() == [VERSION]
+    rig.dispatch.replace_table(structs.replace(table(model.info), seq=10, epoch=7))
+    assert rig.dispatch.used() == []
+
+
 async def test_an_input_is_forgiven_though_the_orchestrator_never_heard_that_it_is_poison(rig):
     model = Fatal(pure=False)
     rig.route(model.info, rig.serve(model))
@@ -318,10 +181,10 @@ async def test_a_cancelled_request_is_never_answered_and_the_next_one_is(rig):
 async def test_large_bodies_go_through_the_ring_and_their_blocks_come_back(rig):
     model = Doubling()
     rig.route(model.info, rig.serve(model))
-    free = list(rig.dispatch._ring._free)
+    free = list(rig.dispatch._lines.ring._free)
     replies = await asyncio.gather(*(rig.ask(*([float(number)] * 20_000)) for number in range(5)))
     assert [said(reply)[0] for reply in replies] == [0.0, 2.0, 4.0, 6.0, 8.0]
-    assert rig.dispatch._ring._free == free
+    assert rig.dispatch._lines.ring._free == free
 
 
 async def test_a_run_that_nobody_waits_for_any_more_is_interrupted(rig):
@@ -393,7 +256,7 @@ async def test_expired_requests_are_forgotten(rig):
     rig.route(Doubling().info)
     await asyncio.gather(*(rig.ask(1, timeout=0.05) for _ in range(20)))
     another = rig.ask(1, timeout=0.3)
-    await eventually(lambda: sum(map(len, rig.dispatch._pending.values())) == 1)
+    await eventually(lambda: len(rig.dispatch._waiting) == 1)
     await another
 
 
@@ -405,7 +268,7 @@ async def test_what_a_dead_worker_leaves_goes_on_at_a_lent_one(rig):
     asked = [rig.ask(number) for number in (1, 2, 3)]
     await eventually(lambda: slow.batches)
     assert elsewhere.batches == []
-    rig.dispatch._transports[str(own.endpoint)]._transport.abort()
+    rig.dispatch._lines.transports[str(own.endpoint)]._transport.abort()
     assert [said(reply) for reply in await asyncio.gather(*asked)] == [[2.0], [4.0], [6.0]]
     assert elsewhere.batches
 
@@ -444,7 +307,7 @@ async def test_lent_workers_take_what_comes_while_the_lab_is_busy_as_far_as_they
     slow.gate.clear()
     elsewhere.gate.clear()
     asked = [rig.ask(number) for number in range(BUSY + 6)]
-    assert [transport.in_flight for transport in rig.dispatch._transports.values()] == [BUSY + 2, 4]
+    assert [transport.in_flight for transport in rig.dispatch._lines.transports.values()] == [BUSY + 2, 4]
     await eventually(lambda: slow.batches and elsewhere.batches)
     slow.gate.set()
     elsewhere.gate.set()
@@ -475,7 +338,7 @@ async def test_a_request_that_is_cancelled_before_its_batch_never_runs(rig):
     model = Doubling()
     server = rig.serve(model)
     rig.route(model.info, server)
-    free = list(rig.dispatch._ring._free)
+    free = list(rig.dispatch._lines.ring._free)
     model.gate.clear()
     first = rig.ask(1)
     await eventually(lambda: model.batches)
@@ -486,4 +349,4 @@ async def test_a_request_that_is_cancelled_before_its_batch_never_runs(rig):
     model.gate.set()
     assert [said(await each) for each in (first, second)] == [[2.0], [4.0]]
     assert (sum(model.batches), gone.done()) == (2, False)
-    await eventually(lambda: rig.dispatch._ring._free == free)
+    await eventually(lambda: rig.dispatch._lines.ring._free == free)

@@ -119,7 +119,7 @@ def see(rig, *workers):
 @pytest.fixture
 def rig(gateway):
     see(gateway)
-    until(lambda: gateway.dispatcher.events._facts is not None)
+    until(lambda: gateway.dispatcher.events._table is not None)
     return gateway
 
 

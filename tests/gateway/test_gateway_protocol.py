@@ -340,12 +340,13 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not(strict):
         assert busy.answer()[0] == 200
 
 
-def test_answers_carry_a_date_and_failures_a_retry_after(gateway, wire):
-    wire.send(post("/v2/models/held/infer"))
+@pytest.mark.parametrize("path", ["/v2/models/held/infer", "http://127.0.0.1/v2/models/held/infer"])
+def test_answers_carry_a_date_and_failures_a_retry_after(gateway, wire, path):
+    wire.send(post(path))
     until(lambda: gateway.dispatcher.held)
-    gateway.call(gateway.dispatcher.held.pop()[1], HopReply(503, b'{"error":"full","code":"queue_full"}'))
+    gateway.call(gateway.dispatcher.held.pop()[1], HopReply(503, b'{"error":"full","code":"queue_full"}', retry_after=9))
     status, headers, _body = wire.answer()
-    assert (status, headers["retry-after"]) == (503, "1")
+    assert (status, headers["retry-after"]) == (503, "9")
     assert "gmt" in headers["date"]
 
 

@@ -186,6 +186,7 @@ def test_labels_that_are_fed_back_become_a_versions_accuracy(gateway):
     before = ask(gateway, "POST", feed, {})[2]
     assert ask(gateway, "POST", feed, {"right": 93, "wrong": 7})[0] == 200
     assert ask(gateway, "POST", "/tether/v1/models/ident/versions/1/feedback", {"right": 1})[0] == 200
+    assert [(str(entry.model), *counts) for entry, *counts in gateway.dispatcher.labels[-2:]] == [("ident:1", 93, 7), ("ident:1", 1, 0)]
     found = samples(gateway)
     for outcome, more in (("right", 94), ("wrong", 7)):
         key = ("tether_model_feedback_total", ("model", "ident"), ("outcome", outcome), ("version", "1"))

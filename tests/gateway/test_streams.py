@@ -77,6 +77,9 @@ class Control:
     async def vitals(self):
         return {}
 
+    async def load(self, load):
+        """Nobody here wants to know."""
+
 
 class Rig:
     """Models, a dispatcher and its gateway."""
@@ -113,7 +116,7 @@ class Rig:
                 return response.status, response.content_type, await response.read()
 
     def lose_workers(self):
-        for transport in self.dispatch._transports.values():  # what a killed worker looks like from here
+        for transport in self.dispatch._lines.transports.values():  # what a killed worker looks like from here
             transport._transport.abort()
 
     async def aclose(self):

@@ -98,8 +98,10 @@ def test_who_was_found_out_is_refused_at_once_and_everywhere(rig):
     elsewhere = Rig()
     with pytest.raises(PoisonInputError):
         elsewhere.suspicion.admitted(entry(poison={MARK: 1001.0}), BAD)
-    elsewhere.now = 1001.0
-    assert elsewhere.suspicion.admitted(entry(poison={MARK: 1001.0}), BAD) is BAD
+    elsewhere.now = 9999.0  # clocks differ: when it is over, the orchestrator says
+    with pytest.raises(PoisonInputError):
+        elsewhere.suspicion.admitted(entry(poison={MARK: 1001.0}), BAD)
+    assert elsewhere.suspicion.admitted(entry(), BAD) is BAD
 
 
 def test_an_input_that_ends_the_process_of_a_model_that_is_not_pure_has_two_tries(rig):

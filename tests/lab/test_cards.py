@@ -4,7 +4,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from tether.cli import tether as command
 from tether.config import DataFolder
 from tether.errors import ConfigError
 from tether.lab import cards
@@ -49,7 +51,7 @@ def test_more_cards_than_there_are_and_cards_that_no_worker_would_use_are_refuse
         cards.check_cards(3, 4)
     with pytest.raises(ConfigError, match="--workers 2"):
         cards.check_cards(2, 1)
-    assert [cards.worker_count(None, 0), cards.worker_count(None, 4), cards.worker_count(1, 4)] == [2, 4, 1]
+    assert [cards.worker_counts(None, 0), cards.worker_counts(None, 4), cards.worker_counts(1, 4)] == [(2, None), (4, None), (1, None)]
 
 
 def workers_of(tmp_path, **wished):
@@ -69,6 +71,21 @@ def test_each_worker_sees_its_own_cards_and_a_share_of_the_cores(machine, tmp_pa
     assert [spec.environ["CUDA_VISIBLE_DEVICES"] for spec in workers.values()] == ["3", "1", ""]
     assert [option(spec, "--gpus") for spec in workers.values()] == ["1", "1", "0"]
     assert {option(spec, "--workers-here") for spec in workers.values()} == {"3"}
+
+
+def test_workers_that_may_come_have_their_share_from_the_start(machine, tmp_path):
+    machine(0)
+    workers = workers_of(tmp_path, workers=1, most_workers=4, labels=["disk=fast"], region="eu-west")
+    assert list(workers) == [f"worker-{number}" for number in (1, 2, 3, 4)]
+    assert {option(spec, "--workers-here") for spec in workers.values()} == {"4"}
+    assert {(option(spec, "--label"), option(spec, "--region")) for spec in workers.values()} == {("disk=fast", "eu-west")}
+
+
+@pytest.mark.parametrize(("said", "reason"), [("4..1", "give the fewest first"), ("1..x", "not a valid integer")])
+def test_numbers_of_workers_that_make_no_sense_are_refused(tmp_path, said, reason):
+    called = CliRunner().invoke(command, ["up", "--workers", said, "--data", str(tmp_path)], prog_name="tether")
+    assert called.exit_code != 0
+    assert reason in (called.output + str(called.exception))
 
 
 def test_pretended_cards_are_a_tag_and_hide_real_ones(machine, tmp_path):

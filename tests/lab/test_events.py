@@ -68,6 +68,7 @@ def test_a_publish_and_what_follows_is_heard_in_order_and_breaking_out_ends_it(h
     ]
     assert listener.texts() == story
     assert [str(event) for event in hers.recent_events() if event.model == "heard"] == story
+    assert [event.kind for event in hers.recent_events() if event.model == "heard" and event.seconds] == ["version-loaded"]
     first = hers.recent_events()[0]
     assert (type(first.seq), abs(first.at - time.time()) < 600) == (int, True)
 

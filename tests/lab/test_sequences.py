@@ -111,7 +111,7 @@ class Watcher:
         await self._stop.wait()
         await client.close()
 
-    def _take(self, table):
+    def _take(self, table, _change):
         lent = {worker.id for worker in table.workers.values() if worker.transport == "swarm"}
         self._tell(*(f"table: {worker} is there" for worker in lent), *(f"table: {worker} is gone" for worker in self._lent - lent))
         self._lent |= lent

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,68 +82,6 @@ def catches(pid, number):
     """Whether a process would end by this signal in its own way: it is started so far."""
     (caught,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(caught, 16) >> (number - 1) & 1
-
-
-class Load:
-    """Twenty requests a second from threads, each checked by value."""
-
-    def __init__(self, lab, name, seconds, rate=20):
-        self.seconds, self.wrong, self.done = [], [], 0
-        self._lab, self._name = lab, name
-        self._threads = [threading.Thread(target=self._ask, args=(index / rate, index)) for index in range(int(seconds * rate))]
-        self._begun = time.monotonic()
-        for thread in self._threads:
-            thread.start()
-
-    def _ask(self, at, seed):
-        x = np.random.default_rng(seed).random((1 + seed % 4, 16), dtype=np.float32)
-        time.sleep(max(0.0, self._begun + at - time.monotonic()))
-        begun = time.monotonic()
-        try:
-            answer = self._lab.infer(self._name, x)
-            if not np.allclose(answer, x @ WEIGHTS, rtol=1e-4):
-                self.wrong.append("wrong values")
-        except errors.TetherError as error:
-            self.wrong.append(f"{error} [{error.code}]")
-        self.seconds.append(time.monotonic() - begun)
-
-    def at(self, seconds):
-        time.sleep(max(0.0, self._begun + seconds - time.monotonic()))
-
-    def finish(self):
-        for thread in self._threads:
-            thread.join()
-        return self
-
-
-@pytest.mark.slow
-@pytest.mark.chaos
-@pytest.mark.timeout(900)
-def test_row_01_killed_workers_cost_nobody_an_answer(own_lab, tmp_path, measured, chaos):
-    """Two workers, 20 requests a second for 20 s, SIGKILL at 5 s and at 12 s, once each; at full scale 600 s and a kill each 7 s."""
-    own_lab.publish("tiny", write_model(tmp_path / "model.onnx"), example=X[:1])
-    own_lab.infer("tiny", X)
-    eventually(lambda: sum("tiny:1" in worker.models for worker in own_lab.workers.values()) == 2)
-    seconds = chaos.count(600, 20)
-    load, back = Load(own_lab, "tiny", seconds), []
-    for index, at in enumerate(range(5, seconds - 5, 7)):
-        load.at(at)
-        back.append(kill_and_wait(own_lab, f"worker-{1 + index % 2}"))
-    load.finish()
-    p99, asked = float(np.quantile(load.seconds, 0.99)), len(load.seconds)
-    counts = f"{asked} requests, {len(back)} kills, {asked - len(load.wrong)} right, p99 {p99 * 1000:.0f} ms, back in {max(back):.1f} s"
-    measured(counts)
-    chaos.record(1, counts, seconds)
-    assert load.wrong == []
-    assert asked == 20 * seconds
-
-
-def kill_and_wait(lab, name):
-    """SIGKILL; the seconds until the worker is back with its model."""
-    victim, killed = lab.workers[name], time.monotonic()
-    os.kill(victim.pid, signal.SIGKILL)
-    eventually(lambda: lab.workers[name].pid != victim.pid and "tiny:1" in lab.workers[name].models)
-    return time.monotonic() - killed
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ class Cluster:
         for service in (*self.managers.values(), self.orchestrator):
             await service.kill()
 
-    def replace(self, table):
+    def replace(self, table, _change):
         self.table = table
         self.pushed.set()
 

@@ -16,7 +16,7 @@ from tether.testing.requirements import needs
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICKSTART, PIPELINE, INSIDE, TWO_LABS = NOTEBOOKS
+QUICKSTART, PIPELINE, INSIDE, TWO_LABS, FAILOVER = NOTEBOOKS
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 run_of_two_labs = pytest.param(TWO_LABS, marks=[pytest.mark.swarm, needs("pythonmonkey")])
 
@@ -49,7 +49,7 @@ def run_papermill(notebook: Path, folder: Path, **parameters) -> nbformat.Notebo
     return nbformat.read(output, 4)
 
 
-@pytest.mark.parametrize("notebook", [QUICKSTART, PIPELINE, INSIDE, run_of_two_labs], ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", [QUICKSTART, PIPELINE, INSIDE, run_of_two_labs, FAILOVER], ids=lambda path: path.stem)
 @pytest.mark.slow
 def test_every_cell_gives_the_output_that_the_notebook_shows(notebook, tmp_path):
     # A pytest of its own, with no settings of ours: nbval runs the notebook as it stands, strictly.
@@ -61,7 +61,7 @@ def test_every_cell_gives_the_output_that_the_notebook_shows(notebook, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", [QUICKSTART, INSIDE, run_of_two_labs], ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", [QUICKSTART, INSIDE, run_of_two_labs, FAILOVER], ids=lambda path: path.stem)
 def test_a_notebook_runs_as_a_pipeline_step_and_leaves_no_lab(notebook, tmp_path):
     run_papermill(notebook, tmp_path)
     with pytest.raises(tether.errors.NoLabError):
@@ -110,7 +110,7 @@ def test_it_begins_with_what_one_will_have_at_the_end(notebook):
 def test_only_cells_that_show_times_or_addresses_are_not_compared(notebook):
     ignored = [cell.source for cell in nbformat.read(notebook, 4).cells if "NBVAL_" in cell.source]
     assert all("NBVAL_IGNORE_OUTPUT" in source for source in ignored)
-    assert all(any(call in source for call in ("tether.up(", "repeat(", ".replicate(")) for source in ignored)
+    assert all(any(call in source for call in ("tether.up(", "repeat(", ".replicate(", "axvspan(")) for source in ignored)
 
 
 @each_notebook

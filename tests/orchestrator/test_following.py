@@ -203,7 +203,7 @@ async def note(sizes, plugin):
 async def test_a_gateway_goes_on_following_after_a_table_that_it_cannot_read(tls):
     sent = iter([b"\xc1", msgspec.msgpack.encode(Table(3))])
 
-    async def watch(comm):
+    async def watch(comm, **_):
         await comm.write({"table": next(sent)})
         try:
             await comm.read()
@@ -211,7 +211,7 @@ async def test_a_gateway_goes_on_following_after_a_table_that_it_cannot_read(tls
             return Status.dont_reply
 
     server, tables = await listening(Server({"tether_watch": watch}), tls), []
-    client = OrchestratorClient(server.address, tls, tables.append, list)
+    client = OrchestratorClient(server.address, tls, lambda table, _: tables.append(table), list)
     await client.start(PROMPT)
     assert tables == [Table(3)]
     await client.close()
@@ -237,3 +237,54 @@ async def test_two_callers_at_a_change_of_address_share_one_new_connection_and_t
     assert made[-1].status == Status.closed
     for server in servers:
         await server.close()
+
+
+class Gateway:
+    """As one follows the orchestrator: what it was told, and by how much of the table."""
+
+    def __init__(self, orchestrator, tls):
+        self.tables, self.changes = [], []
+        self.client = OrchestratorClient(orchestrator.address, tls, self.take, list)
+
+    def take(self, table, change):
+        self.tables.append(table)
+        self.changes.append(change)
+
+
+async def test_gateways_are_sent_the_table_once_and_then_what_changes_a_frozen_one_too(orchestrator, tls, monkeypatch):
+    scheduler, plugin = orchestrator
+    plugin._handle(CatalogChanged("tls://m", 1, {}, 1))
+    gateway, frozen = Gateway(scheduler, tls), Gateway(scheduler, tls)
+    for each in (gateway, frozen):
+        await each.client.start(PROMPT)
+    thawed, take = asyncio.Event(), frozen.client._take
+
+    async def when_thawed(comm, table):
+        await thawed.wait()
+        return await take(comm, table)
+
+    monkeypatch.setattr(frozen.client, "_take", when_thawed)
+    plugin._handle(WorkerJoined(WorkerId("w0"), "tls://w0", 1, 0))  # the one message that may be on its way to the frozen one
+    for number in range(1, 40):
+        plugin._handle(WorkerJoined(WorkerId(f"w{number}"), f"tls://w{number}", 1, 0))
+        await eventually(lambda: gateway.tables[-1] == plugin._state.table)
+    thawed.set()
+    await eventually(lambda: frozen.tables[-1] == plugin._state.table)
+    for each in (gateway, frozen):
+        assert each.changes[0] is None
+        assert None not in each.changes[1:]
+        assert [table.seq for table in each.tables] == list(range(each.tables[0].seq, plugin._state.table.seq + 1))
+        await each.client.close()
+
+
+async def test_a_gateway_that_missed_a_change_gets_the_whole_table_again(orchestrator, tls):
+    scheduler, plugin = orchestrator
+    plugin._handle(CatalogChanged("tls://m", 1, {}, 1))
+    gateway = Gateway(scheduler, tls)
+    await gateway.client.start(PROMPT)
+    plugin._news._changes.append(b"")  # numbers and changes do not fit any more
+    plugin._news._changes.clear()
+    plugin._handle(WorkerJoined(WorkerId("w1"), "tls://w1", 1, 0))
+    plugin._handle(WorkerJoined(WorkerId("w2"), "tls://w2", 1, 0))
+    await eventually(lambda: gateway.tables[-1] == plugin._state.table)
+    await gateway.client.close()

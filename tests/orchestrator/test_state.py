@@ -272,6 +272,20 @@ def test_what_a_lent_worker_refuses_is_tried_again_only_where_that_could_help():
     assert not state.unsettled
 
 
+def test_what_was_loaded_while_no_manager_was_there_is_freed_when_one_is_back():
+    state = running(catalog(1, 2), joined(1), ModelWanted(version()), catalog(2), ManagerLeft(1))
+    assert not of(state.handle(Loaded("tls://w1", 101, version(), "/s/1"), 1.0), Unload)
+    assert of(state.handle(catalog(2, stream=2), 2.0), Unload) == [Unload("tls://w1", 101, version())]
+
+
+def test_what_a_lent_worker_refuses_counts_once_the_labs_own_worker_is_forgotten():
+    for_some = LentChanged(1, (LentWorker(WorkerId("b"), "key", 1, 0, 4, models="net*"),))
+    state = running(catalog(1), joined(1), for_some, ModelWanted(version()), WorkerLeft("tls://w1"))
+    assert state.table.resolve("digits").state == "unloaded"
+    state.handle(Tick(), FORGET_AFTER)
+    assert state.table.resolve("digits").state == "failed"
+
+
 LENDERS = {"a", "b", "c"}
 
 

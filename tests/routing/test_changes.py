@@ -1,11 +1,14 @@
 """What is told when a routing table changes: enough to know how things stand, and nothing else."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tether.routing.changes import Facts, changes
 from tether.routing.lab_events import Kind, LabEvent
-from tether.routing.table import ModelEntry, Route, Table, VersionEntry, WorkerEntry
+from tether.routing.table import ModelEntry, Route, Table, TableChange, VersionEntry, WorkerEntry
+from tether.serving_settings import Rollout, ServingSettings
 from tether.types import ModelInfo, ModelVersion, TensorSpec, WorkerId
 
 INFO = ModelInfo("onnx", "onnx", (TensorSpec("x", "FP32", (-1, 2)),), (), batched=True, pure=True, code=False)
@@ -80,6 +83,33 @@ def test_what_nobody_sees_is_no_event(table):
     assert changes(Facts.of(table), Facts.of(moved), 0, 0.0) == []
 
 
+def test_a_load_says_what_it_took_where_that_is_known():
+    loading, (known, unknown) = version("digits", 1, "loading"), (Route(WorkerId("worker-1"), "/s", None, took) for took in (0.5, 0.0))
+    for route, seconds in ((known, 0.5), (unknown, None)):
+        loaded = VersionEntry(loading.model, loading.info, "ready", (route,))
+        before, after = (Facts.of(Table(1, {"digits": ModelEntry("digits", 1, {1: each}, {})})) for each in (loading, loaded))
+        assert [(event.kind, event.seconds) for event in changes(before, after, 0, 0.0)] == [(Kind.LOADED, seconds)]
+
+
+def change_between(before, after):
+    """What makes the one the other."""
+
+    def different(was, now):
+        return {name: now.get(name) for name in was.keys() | now.keys() if was.get(name) != now.get(name)}
+
+    models, workers = different(before.models, after.models), different(before.workers, after.workers)
+    return TableChange(after.seq, after.catalog, after.manager, models, workers)
+
+
+@given(tables(), tables())
+def test_who_gets_only_what_changed_has_the_same_table_and_hears_the_same(before, after):
+    change = change_between(before, after)
+    assert before.amended(change) == after
+    was, now = before.part(change), after.part(change)
+    assert changes(Facts.of(was), Facts.of(now), 10, 5.0) == changes(Facts.of(before), Facts.of(after), 10, 5.0)
+    assert before.endpoints - after.endpoints <= was.endpoints - now.endpoints
+
+
 def replace_routes(table):
     route = Route(WorkerId("worker-1"), "somewhere")
     models = {
@@ -99,7 +129,23 @@ def test_events_read_well():
         "alias-moved digits@prod is 2": LabEvent(seq=1, at=0.0, kind=Kind.ALIAS, model="digits", alias="prod", version=2),
         "alias-moved digits@prod": LabEvent(seq=1, at=0.0, kind=Kind.ALIAS, model="digits", alias="prod"),
         "version-failed digits:2 (no room)": LabEvent(seq=1, at=0.0, kind=Kind.FAILED, model="digits", version=2, reason="no room"),
+        "version-loaded digits:2": LabEvent(seq=1, at=0.0, kind=Kind.LOADED, model="digits", version=2, seconds=0.125),
+        "answers-labelled digits:2 (9 right, 1 wrong)": LabEvent(
+            seq=1, at=0.0, kind=Kind.LABELLED, model="digits", version=2, right=9, wrong=1
+        ),
         "worker-lost worker-1": LabEvent(seq=1, at=0.0, kind=Kind.WORKER_LOST, worker="worker-1"),
         "missed": LabEvent(seq=1, at=0.0, kind=Kind.MISSED),
     }
     assert {str(event): event for event in told.values()} == told
+
+
+def test_a_rollout_is_told_when_it_begins_and_when_it_ends():
+    def rolled(state, reason=""):
+        rollout = Rollout(2, 1, begun=5.0, state=state, reason=reason)
+        versions = {number: version("digits", number) for number in (1, 2)}
+        return Facts.of(Table(1, {"digits": ModelEntry("digits", 1, versions, {}, ServingSettings(rollout=rollout))}))
+
+    before = Facts.of(Table(1, {"digits": ModelEntry("digits", 1, {number: version("digits", number) for number in (1, 2)}, {})}))
+    steps = [before, rolled("running"), rolled("running"), rolled("reverted", "it is slow")]
+    told = [str(event) for was, now in itertools.pairwise(steps) for event in changes(was, now, 1, 0.0)]
+    assert told == ["rollout-begun digits:2", "rollout-reverted digits:2 (it is slow)"]

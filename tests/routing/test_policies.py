@@ -1,69 +1,180 @@
-"""Which route a request takes: the lab's own workers first, lent ones where those are gone, failed or busy."""
+"""Which route a request takes: each policy does what its name says, lent workers come last, and sessions stay where they are."""
 
+import random
+import time
+from collections import Counter
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tether.routing.policies import BUSY, least_outstanding
+from tether.routing.policies import BUSY, choose, policy_of
 from tether.routing.table import Route
+from tether.routing.tracks import Track
+from tether.serving_settings import PolicyName
 from tether.types import WorkerId
 
-OWN = [Route(WorkerId(f"w{number}"), f"/s/w{number}") for number in range(3)]
-LENT = [Route(WorkerId(f"lent-{number}"), f"/s/lent-{number}", slots=slots) for number, slots in enumerate((4, 8))]
+POLICIES = PolicyName.__args__
 
 
-def picked(routes, avoid=(), **outstanding):
-    """Open requests by the route's worker, with `_` for `-`."""
-    return least_outstanding(routes, lambda route: outstanding.get(route.worker.replace("-", "_"), 0), avoid)
+class Worker:
+    """One worker in a simulation: its open requests, and how long it takes for one."""
+
+    def __init__(self, name, takes=0.01, slots=None, weight=1.0, region=""):
+        self.open, self.takes, self.served = 0, takes, 0
+        self.track = Track(Route(WorkerId(name), f"/s/{name}", slots), lambda: self.open, lambda: self.open, weight, region)
 
 
-def test_nobody_holds_it():
-    assert picked([]) is None
+def workers(count, **terms):
+    return [Worker(f"w{number}", **terms) for number in range(count)]
+
+
+def tracks(some):
+    return [each.track for each in some]
+
+
+def policy(name="least_outstanding", region=""):
+    return policy_of(name, random.Random("policies"), region)
+
+
+def picked(own, lent=(), name="least_outstanding", key=b""):
+    return choose(policy(name), tracks(own), tracks(lent), key)
+
+
+def simulate(name, some, requests=3000, rate=400.0, region="", keys=(b"",)):
+    """Requests that come at random; a worker takes one after the other."""
+    chance, chosen, ends, now = random.Random(f"simulated {name}"), policy(name, region), [], 0.0
+    by_track, own, sent = {each.track: each for each in some}, tracks(some), []
+    free = dict.fromkeys(by_track, 0.0)
+    for _ in range(requests):
+        now += chance.expovariate(rate)
+        for end, began, track in [each for each in ends if each[0] <= now]:
+            track.took(end - began, end)
+            by_track[track].open -= 1
+        ends = [each for each in ends if each[0] > now]
+        track = choose(chosen, own, (), chance.choice(keys))
+        worker = by_track[track]
+        worker.open, worker.served = worker.open + 1, worker.served + 1
+        free[track] = max(free[track], now) + chance.expovariate(1.0 / worker.takes)
+        ends.append((free[track], now, track))
+        sent.append(free[track] - now)
+    return sorted(sent)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nobody_holds_it_or_one_does(name):
+    assert picked([], name=name) is None
+    (only,) = some = workers(1)
+    assert picked(some, name=name) is only.track
 
 
 def test_the_least_busy_of_the_lab_is_taken_and_the_first_of_equals():
-    assert picked(OWN, w0=2, w1=1, w2=1) == OWN[1]
-    assert picked(OWN, avoid=[OWN[1]], w0=2, w1=1, w2=1) == OWN[2]
-    assert picked(OWN[:1], avoid=OWN) == OWN[0]
+    some = workers(3)
+    assert picked(some) is some[0].track
+    some[0].open, some[1].open, some[2].open = 2, 1, 1
+    assert picked(some) is some[1].track
 
 
-def test_a_lent_worker_waits_until_all_of_the_lab_are_busy():
-    assert picked([*OWN, *LENT], w0=BUSY, w1=BUSY - 1, w2=BUSY) == OWN[1]
-    assert picked([*OWN, *LENT], w0=BUSY, w1=BUSY, w2=BUSY) == LENT[1]
-    assert picked([*OWN, *LENT], w0=BUSY, w1=BUSY, w2=BUSY, lent_1=5) == LENT[0]
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_lent_worker_waits_until_the_lab_is_busy_and_is_not_waited_for(name):
+    own, lent = workers(2, region="here"), [Worker("lent", slots=4), Worker("roomy", slots=8)]
+    own[0].open = own[1].open = BUSY - 1
+    assert picked(own, lent, name) in tracks(own)
+    own[0].open = own[1].open = BUSY
+    assert picked(own, lent, name) is lent[1].track
+    lent[0].open, lent[1].open = 4, 8
+    assert picked(own, lent, name) in tracks(own)
+    assert picked([], lent, name) in tracks(lent)
 
 
-def test_a_lent_worker_without_free_slots_is_not_waited_for():
-    assert picked([OWN[0], *LENT], w0=BUSY, lent_0=4, lent_1=8) == OWN[0]
+def test_round_robin_gives_each_as_much():
+    some = workers(3)
+    simulate("round_robin", some)
+    assert {worker.served for worker in some} == {1000}
 
 
-def test_what_failed_in_the_lab_goes_on_at_a_lent_worker_and_the_other_way_round():
-    assert picked([OWN[0], LENT[0]], avoid=[OWN[0]]) == LENT[0]
-    assert picked([OWN[0], LENT[0]], avoid=[OWN[0]], lent_0=100) == LENT[0]
-    assert picked([OWN[0], LENT[0]], avoid=[LENT[0]], w0=BUSY) == OWN[0]
-    assert picked([OWN[0], LENT[0]], avoid=[OWN[0], LENT[0]]) == OWN[0]
+def test_weights_are_kept_and_evenly_spread():
+    some = [Worker("big", weight=4.0), Worker("mid", weight=2.0), Worker("small", weight=1.0)]
+    chosen, order = policy("weighted_round_robin"), tracks(some)
+    names = [choose(chosen, order, (), b"").route.worker for _ in range(70)]
+    assert Counter(names) == {"big": 40, "mid": 20, "small": 10}
+    assert "bigbigbig" not in "".join(names)
+    fewer = order[:2]
+    assert Counter(choose(chosen, fewer, (), b"").route.worker for _ in range(30)) == {"big": 20, "mid": 10}
 
 
-Loads = st.lists(st.integers(0, 2 * BUSY), max_size=4)
-Lent = st.lists(st.tuples(st.integers(0, 16), st.integers(0, 32)), max_size=3)
+def test_two_choices_keep_queues_short_where_one_does_not():
+    even, blind = workers(20), workers(20)
+    chosen, random_ = policy("power_of_two"), random.Random("blind")
+    order, by = tracks(even), {worker.track: worker for worker in even}
+    for _ in range(2000):
+        by[choose(chosen, order, (), b"")].open += 1
+        random_.choice(blind).open += 1
+    assert max(worker.open for worker in even) - 100 < (max(worker.open for worker in blind) - 100) / 4
 
 
-@given(Loads, Lent, st.sets(st.integers(0, 6)))
-def test_the_choice_is_one_that_the_rules_allow(own, lent, tried):
-    routes = [Route(WorkerId(f"w{number}"), f"/s/w{number}") for number in range(len(own))]
-    routes += [Route(WorkerId(f"l{number}"), f"/s/l{number}", slots) for number, (slots, _) in enumerate(lent)]
-    outstanding = dict(zip(routes, [*own, *(taken for _, taken in lent)], strict=True))
-    avoid = [route for number, route in enumerate(routes) if number in tried]
-    chosen = least_outstanding(routes, outstanding.__getitem__, avoid)
-    if not routes:
-        assert chosen is None
-        return
-    usable = [route for route in routes if route not in avoid] or routes
-    assert chosen in usable
-    here = [route for route in usable if route.slots is None]
-    if chosen.slots is None:
-        assert outstanding[chosen] == min(outstanding[route] for route in here)
-        free = [route for route in usable if route.slots is not None and outstanding[route] < route.slots]
-        assert outstanding[chosen] < BUSY or not free
-    elif here:
-        assert all(outstanding[route] >= BUSY for route in here)
-        assert outstanding[chosen] < chosen.slots
+def test_latency_leaves_a_slow_worker_alone_where_others_give_it_as_much():
+    quick, even = [Worker("slow", 0.1), *workers(2)], [Worker("slow", 0.1), *workers(2)]
+    aware, blind = simulate("latency", quick, rate=100.0), simulate("round_robin", even, rate=100.0)
+    assert quick[0].served < 150
+    assert aware[2970] < blind[2970] / 5
+
+
+def test_who_is_nearer_is_asked_until_all_there_are_busy():
+    some = [Worker("far", region="us"), *workers(2, region="eu")]
+    simulate("region", some, requests=500, rate=50.0, region="eu")
+    assert some[0].served == 0
+    for near in some[1:]:
+        near.open = BUSY
+    assert choose(policy("region", "eu"), tracks(some), (), b"") is some[0].track
+    assert choose(policy("region", "asia"), tracks(some), (), b"") is some[0].track
+
+
+@given(st.integers(2, 40), st.integers(0, 39))
+def test_a_session_stays_and_only_those_of_a_worker_that_is_gone_move(count, gone):
+    order = tracks(workers(count))
+    keys = [b"session %d" % number for number in range(200)]
+    before = {key: choose(policy("sticky"), order, (), key) for key in keys}
+    lost = order[gone % count]
+    rest = [track for track in order if track is not lost]
+    after = {key: choose(policy("sticky"), rest, (), key) for key in keys}
+    assert all(after[key] is before[key] for key in keys if before[key] is not lost)
+    assert max(Counter(before.values()).values()) < 200 * min(1.0, 4.0 / count) + 12
+
+
+def test_a_session_does_not_leave_for_another_lab_and_what_is_none_goes_where_there_is_room():
+    own, lent = workers(3), [Worker("lent", slots=4)]
+    for worker in own:
+        worker.open = BUSY
+    assert picked(own, lent, "sticky", b"session") in tracks(own)
+    assert picked(own, lent, "sticky") is lent[0].track
+    own[2].open = 0
+    assert picked(own, lent, "sticky") is own[2].track
+
+
+Loads = st.lists(st.integers(0, 2 * BUSY), min_size=1, max_size=40)
+
+
+@given(st.sampled_from(POLICIES), Loads, st.lists(st.tuples(st.integers(0, 16), st.integers(0, 32)), max_size=3))
+def test_the_choice_is_one_that_the_rules_allow(name, loads, others):
+    own, lent = workers(len(loads)), [Worker(f"l{number}", slots=slots) for number, (slots, _) in enumerate(others)]
+    for worker, load in zip([*own, *lent], [*loads, *(taken for _, taken in others)], strict=True):
+        worker.open = load
+    chosen = next(worker for worker in [*own, *lent] if worker.track is picked(own, lent, name))
+    if chosen in lent:
+        assert chosen.open < chosen.track.route.slots
+    elif name == "least_outstanding" and len(own) <= 32:
+        assert chosen.open == min(loads)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_decision_among_a_thousand_workers_costs_next_to_nothing(name, measured):
+    some = workers(1000)
+    for worker in some:
+        worker.open = 1
+    chosen, order, key = policy(name), tracks(some), b"session"
+    choose(chosen, order, (), key)
+    begun = time.process_time()
+    for _ in range(1000):
+        choose(chosen, order, (), key)
+    measured(f"{name}: {(time.process_time() - begun) * 1000:.1f} µs a decision with 1,000 workers")

@@ -88,3 +88,21 @@ async def test_the_next_address_of_a_host_is_tried_where_one_does_not_answer(sec
         comm = await connect(f"tls://localhost:{port}", timeout=PROMPT, **security.get_connection_args("client"))
     comm.abort()
     await server.close()
+
+
+async def test_an_address_whose_handshake_is_slow_is_waited_for_where_the_last_one_does_not_answer(security, monkeypatch):
+    server = Server({})
+    await server.listen("tls://127.0.0.1:0", **security.get_listen_args("worker"))
+    port = server.listener.get_host_port()[1]
+    monkeypatch.setattr("tether.security.comms._NEXT", 0.0)  # the first one has no time at all before the next is tried
+    addresses = [(socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET, ("127.0.0.3", port))]
+
+    async def resolve(*_):
+        return addresses
+
+    monkeypatch.setattr("tether.security.comms._Connector.client.resolver.resolve", resolve)
+    before = sockets()
+    comm = await connect(f"tls://localhost:{port}", timeout=PROMPT, **security.get_connection_args("client"))
+    comm.abort()
+    await all_closed_but(before)
+    await server.close()

@@ -556,6 +556,7 @@ print("done")
 """
 
 
+@pytest.mark.chaos
 @needs("namespaces")
 @pytest.mark.parametrize("start", ["running", "opened", "without a reserve"])
 def test_row_18_garbage_collection_frees_a_disk_that_is_full_to_the_last_byte(tmp_path, start):

@@ -317,6 +317,7 @@ def test_what_was_taken_is_contained_in_all_that_is_taken_later(steps):
             assert follower.state.refusal is not None
 
 
+@pytest.mark.chaos
 def test_row_17_a_forked_history_is_found_by_followers_that_meet_and_is_never_served(chaos):
     started = time.monotonic()
     found = 0

@@ -1,5 +1,6 @@
 """libsodium's secretstream by two libraries: whichever seals a message, the other one opens it, and what follows."""
 
+import itertools
 import random
 
 import pytest
@@ -55,6 +56,15 @@ def test_what_libsodium_sealed_is_opened(messages):
     opener = Opener(crypto_secretstream_xchacha20poly1305_init_push(sodium.state, KEY), KEY)
     for message in messages:
         assert opener.open(memoryview(sodium.push(message))) == message
+
+
+def test_what_came_in_parts_is_opened_as_if_it_had_come_whole(messages):
+    sealer, chance = Sealer(KEY), random.Random("parts")
+    opener = Opener(sealer.header, KEY)
+    for message in messages:
+        frame = memoryview(bytes(sealer.seal(message, b"")))
+        cuts = sorted({0, len(frame), *(chance.randrange(len(frame) + 1) for _ in range(3))})
+        assert opener.open(*(frame[at:end] for at, end in itertools.pairwise(cuts))) == message
 
 
 def test_a_peer_may_take_a_new_key_with_any_message(messages):

@@ -118,6 +118,14 @@ def test_all_who_ask_for_one_model_wait_for_one_load_and_others_load_beside_it(r
     assert sorted(rig.fetched) == ["a", "b"]
 
 
+def test_nothing_is_kept_of_versions_that_are_gone(rig):
+    engine = rig(2).engine
+    for name in "abc":
+        engine.load(version(name))
+        assert engine.unload(version(name))
+    assert [engine._turns, engine._servers, engine._settings, engine._measured, engine._volatile] == [{}] * 5
+
+
 def test_what_has_to_go_is_told_of_first_and_its_socket_is_gone_when_the_next_one_is_there(rig):
     rig = rig(2)
     rig.before = slow("b")

@@ -23,7 +23,12 @@ A = ModelVersion("a", 1, Digest("a" * 64))
 async def worker_of(scheduler, folder):
     """What a plugin needs of a Dask worker."""
     worker = SimpleNamespace(
-        address="tcp://127.0.0.1:1", scheduler=scheduler, handlers={}, metrics={}, state=SimpleNamespace(total_resources={})
+        contact_address="tcp://127.0.0.1:1",
+        scheduler=scheduler,
+        handlers={},
+        metrics={},
+        startup_information={},
+        state=SimpleNamespace(total_resources={}),
     )
     plugin = EnginePlugin(Engine(folder, lambda *_: None, lambda _: None), folder / "sockets")
     plugin.setup(worker)

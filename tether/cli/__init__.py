@@ -16,6 +16,8 @@ _HOMES = {
     "doctor": ("doctor",),
     "models": ("models", "show", "alias", "rollback", "diff", "verify", "repair", "rm", "gc", "trust"),
     "serving": ("serving",),
+    "explain": ("explain",),
+    "rolling": ("rollout", "drain", "restart"),
     "files": ("publish", "export"),
     "sharing": ("invite", "peers", "allow", "disallow", "accept", "rotate"),
     "labs": ("enrol", "replicate"),

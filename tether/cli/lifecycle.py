@@ -25,8 +25,16 @@ def _gpus(ctx: click.Context, param: click.Parameter, value: str) -> Any:
     return "auto" if value == "auto" else click.IntRange(0)(value, param, ctx)
 
 
+def _workers(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """None, a number, or the fewest and the most."""
+    if value is None:
+        return None
+    numbers = [click.IntRange(0, 256)(each, param, ctx) for each in value.split("..", 1)]
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
 @click.command("up")
-@click.option("--workers", type=click.IntRange(0, 256), help="Worker processes  [default: 2, or one for each GPU].")
+@click.option("--workers", callback=_workers, metavar="N|MIN..MAX", help="As many, or as requests need  [default: 2, or one for each GPU].")
 @click.option("--gpus", callback=_gpus, metavar="auto|N", default="0", show_default=True, help="GPUs of this machine to use; auto: all.")
 @click.option("--pretend-gpus", is_flag=True, help="Tag workers with GPUs that are not there, to test placement.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the gateway  [default: 8000, or the next free one].")
@@ -34,6 +42,7 @@ def _gpus(ctx: click.Context, param: click.Parameter, value: str) -> Any:
     "--bootstrap", metavar="HOST:PORT,…", help="Nodes by which the swarm is entered  [default: TETHER_BOOTSTRAP, else public ones]."
 )
 @click.option("--region", help="Where the lab is, such as eu-west; remembered  [default: TETHER_REGION, else what was said last].")
+@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="What its workers have, as gpu=a100, for models that need it.")
 @click.option("--relay", is_flag=True, help="Let labs that this one knows reach each other through it; it needs a public address.")
 @click.option(
     "--relay-through",
@@ -43,13 +52,16 @@ def _gpus(ctx: click.Context, param: click.Parameter, value: str) -> Any:
 @click.option("--no-swarm", is_flag=True, help="Speak with no other lab.")
 @click.option("--detach", is_flag=True, help="Return when the lab is up; end it with `tether down`.")
 @data_folder
-def up(workers: int | None, gpus: int | Literal["auto"], no_swarm: bool, detach: bool, data: str | None, **options: Any) -> None:
+def up(
+    workers: int | tuple[int, int] | None, gpus: int | Literal["auto"], no_swarm: bool, detach: bool, data: str | None, **options: Any
+) -> None:
     """Start a lab on this machine: scheduler, workers, model manager, gateway."""
-    from tether.lab.cards import gpu_count, worker_count  # processes and TLS: not for `--help`
+    from tether.lab.cards import gpu_count, worker_counts  # processes and TLS: not for `--help`
     from tether.lab.launch import UpSettings, launch
 
     count = gpu_count(gpus)
-    settings = UpSettings(DataFolder.locate(data), workers=worker_count(workers, count), gpus=count, swarm=not no_swarm, **options)
+    fewest, most = worker_counts(workers, count)
+    settings = UpSettings(DataFolder.locate(data), workers=fewest, most_workers=most, gpus=count, swarm=not no_swarm, **options)
     if not detach:
         sys.exit(_stay(settings))
     lab = launch(settings, bound=False)
@@ -113,8 +125,11 @@ def status(target: Target, json_: bool) -> None:
     click.echo(f"gateway  {found.gateway or 'none'}\naddress  {found.address or 'none'}\ndata     {found.data}")
     click.echo(f"swarm    {_swarm_text(found.swarm, now)}\n")
     print_table(
-        ("service", "state", "for", "pid", "address"),
-        [(each.name, each.state, age_text(now - each.since), each.pid or "", each.address) for each in found.services],
+        ("service", "state", "for", "pid", "address", "restarts", "last error"),
+        [
+            (each.name, each.state, age_text(now - each.since), each.pid or "", each.address, each.restarts, each.error)
+            for each in found.services
+        ],
     )
     click.echo()
     print_table(

@@ -53,7 +53,10 @@ def show(name: str, target: Target, json_: bool) -> None:
             return
         model = run(lab.operations.model(name))
         copies = run(_copies(lab.operations, name))
+        rollout = None if model.serving.rollout is None else run(lab.operations.rollout(name))
     _print_versions(model)
+    if rollout is not None:
+        click.echo(f"\nrollout: {rollout}")
     if copies is not None:
         _print_copies(copies)
     newest = next((version for version in model.versions if version.version == model.default), None)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
 
 from tether.cli.options import Target, as_json, at_lab, run
 from tether.cli.tables import print_json, print_table
-from tether.serving_settings import ServingSettings
+from tether.serving_settings import PolicyName, ServingSettings
 
 __all__ = ["serving"]
 
-_NAMES = [field.replace("_", "-") for field in ServingSettings.__struct_fields__]
+_NAMES = [field.replace("_", "-") for field in ServingSettings.__struct_fields__ if field != "rollout"]
 
 
 @click.command("serving")
@@ -29,13 +29,21 @@ _NAMES = [field.replace("_", "-") for field in ServingSettings.__struct_fields__
 @click.option("--device", type=click.Choice(["any", "gpu", "cpu"]), help="Of the workers that may run it.")
 @click.option("--pinned/--no-pinned", default=None, help="Keep it in memory, whatever else needs room.")
 @click.option("--keep-alive", type=float, metavar="SECONDS", help="That it stays in memory after its last request.")
+@click.option("--min-copies", type=int, metavar="WORKERS", help="That have it at least, once it was asked for; 0: none when nobody asks.")
+@click.option("--max-copies", type=int, metavar="WORKERS", help="That have it at most, as load needs them.")
+@click.option("--spare/--no-spare", default=None, help="Keep it on one worker more than load needs.")
+@click.option("--region", help="Of the workers that may run it.")
+@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="Of the workers that may run it; several: all of them.")
+@click.option("--policy", type=click.Choice(get_args(PolicyName)), help="Which of the workers that have it gets a request.")
+@click.option("--weight", "weights", multiple=True, metavar="WORKER=N", help="Of a worker, for weighted_round_robin; several.")
+@click.option("--hedge", type=float, metavar="0.95", help="Share of answers after whose time a request goes to a second worker, too.")
 @click.option("--unset", multiple=True, type=click.Choice(_NAMES), help="Take one back; may be given several times.")
 @click.option("--reset", is_flag=True, help="Take all back first.")
 @at_lab
 @as_json
 def serving(name: str, *, unset: tuple[str, ...], reset: bool, target: Target, json_: bool, **said: Any) -> None:
     """Say how NAME is served, all versions, from now on; nothing has to be said. Without options: what was said."""
-    changes = {setting: value for setting, value in said.items() if value is not None}
+    changes = {setting: value for setting, value in said.items() if value not in {None, ()}}
     if sizes := changes.pop("preferred_batch_sizes", None):
         changes["preferred_batch_sizes"] = _sizes(sizes)
     changes |= {setting.replace("-", "_"): None for setting in unset}
@@ -46,7 +54,8 @@ def serving(name: str, *, unset: tuple[str, ...], reset: bool, target: Target, j
     if json_:
         print_json({"name": name, "serving": msgspec.to_builtins(settings)})
         return
-    print_table(("setting", "value"), [(setting, _text(value)) for setting, value in msgspec.to_builtins(settings).items()])
+    said = msgspec.to_builtins(settings)
+    print_table(("setting", "value"), [(setting, _text(value)) for setting, value in said.items() if setting != "rollout"])
 
 
 def _sizes(text: str) -> list[int]:

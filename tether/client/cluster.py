@@ -11,7 +11,8 @@ import structlog
 from distributed.core import CommClosedError, connect, rpc
 
 from tether.errors import NotWriterError, ServiceUnavailableError, from_code
-from tether.routing.table import Table
+from tether.events import GatewayLoad
+from tether.routing.table import Table, TableChange, WorkerEntry
 from tether.security.comms import dask_security
 from tether.security.tls import TlsFiles
 from tether.types import ModelVersion
@@ -19,6 +20,7 @@ from tether.types import ModelVersion
 __all__ = ["ManagerClient", "OrchestratorClient"]
 
 log = structlog.get_logger("tether.gateway")
+OnTable = Callable[[Table, TableChange | None], None]
 _RECONNECT = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Seconds between tries; the last one again and again."""
 _CONTROL_TIMEOUT = 10.0
@@ -33,10 +35,12 @@ def _connection_args(tls: TlsFiles) -> dict[str, Any]:
 class OrchestratorClient:
     """A gateway's link to the orchestrator: tables in, wants out. Keeps the last table while the orchestrator is away."""
 
-    def __init__(self, address: str, tls: TlsFiles, on_table: Callable[[Table], None], used: Callable[[], list[ModelVersion]]) -> None:
+    def __init__(self, address: str, tls: TlsFiles, on_table: OnTable, used: Callable[[], list[ModelVersion]]) -> None:
+        """`on_table` gets each table, and what made it of the one before; None: it is another orchestrator's, or changes were missed."""
         self._address, self._args = address, _connection_args(tls)
         self._on_table, self._used = on_table, used
         self._rpc = rpc(address, connection_args=self._args)
+        self._last = Table()
         self._first = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
 
@@ -69,18 +73,37 @@ class OrchestratorClient:
         """Take tables in until the connection ends."""
         comm = await connect(self._address, timeout=2.0, **self._args)
         try:
-            await comm.write({"op": "tether_watch", "reply": False})
-            table = msgspec.msgpack.decode((await comm.read())["table"], type=Table)
-            self._on_table(table)
+            there = [worker.id for worker in self._last.workers.values() if worker.state == "running" and worker.peer is None]
+            await comm.write({"op": "tether_watch", "reply": False, "workers": there})
+            table = await self._take(comm, Table())
             self._first.set()
             for model in self._used():
                 await self.want(model)
             while True:
-                self._on_table(msgspec.msgpack.decode((await comm.read())["table"], type=Table))
+                table = await self._take(comm, table)
         except CommClosedError:
             return
         finally:
             comm.abort()
+
+    async def _take(self, comm: Any, table: Table) -> Table:
+        """The table after the next message; the orchestrator hears that it is here."""
+        message: dict[str, Any] = await comm.read()
+        has: int | None
+        if "table" in message:
+            table = msgspec.msgpack.decode(message["table"], type=Table)
+            self._on_table(table, None)
+            has = table.seq
+        else:
+            changes = [msgspec.msgpack.decode(change, type=TableChange) for change in message["changes"]]
+            fitting = [change for number, change in enumerate(changes, table.seq + 1) if change.seq == number]
+            for change in fitting:
+                table = table.amended(change)
+                self._on_table(table, change)
+            has = table.seq if len(fitting) == len(changes) else None  # None: all of it once more
+        self._last = table
+        await comm.write({"has": has})
+        return table
 
     async def want(self, model: ModelVersion) -> tuple[str, str]:
         """Ask for a version to be loaded: its state after placement, and the reason when it failed.
@@ -102,6 +125,29 @@ class OrchestratorClient:
         """An input is not to be run any more; None: the version is to run in a process of its own. Raises: ServiceUnavailableError."""
         encoded = msgspec.msgpack.encode(model)
         await _call(self._rpc.tether_quarantine, "orchestrator", self._address, model=encoded, mark=mark)
+
+    async def load(self, load: GatewayLoad) -> None:
+        """What this gateway saw lately. Raises: ServiceUnavailableError."""
+        await _call(self._rpc.tether_load, "orchestrator", self._address, _GLANCE, load=msgspec.msgpack.encode(load))
+
+    async def explain(self, model: str) -> list[dict[str, Any]]:
+        """Why each version of a model is where it is. Raises: ServiceUnavailableError."""
+        answer = await _call(self._rpc.tether_explain, "orchestrator", self._address, model=model)
+        return list(answer["versions"])
+
+    async def drain(self, worker: str, patience: float | None, wait: float) -> WorkerEntry:
+        """Have a worker take no more requests, or (None) go on; how it stands then, or after `wait` seconds.
+
+        Raises: ServiceUnavailableError, UnknownWorkerError, UnsupportedError.
+        """
+        asked = {"worker": worker, "within": patience, "wait": wait}
+        answer = await _call(self._rpc.tether_drain, "orchestrator", self._address, _CONTROL_TIMEOUT + wait, **asked)
+        return msgspec.msgpack.decode(answer["worker"], type=WorkerEntry)
+
+    async def restart_worker(self, worker: str) -> WorkerEntry:
+        """End a worker's process; how it stood. Raises: as `drain`."""
+        answer = await _call(self._rpc.tether_restart, "orchestrator", self._address, worker=worker)
+        return msgspec.msgpack.decode(answer["worker"], type=WorkerEntry)
 
     async def forgive(self, model: str) -> None:
         """Nothing is held any more against inputs of this model, nor against its versions. Raises: ServiceUnavailableError."""
@@ -142,6 +188,8 @@ _GLANCE = 1.0
 """Seconds for a look at how things are: it is taken when something is away, and has to come then, too."""
 _RETRY = 0.2
 _LOOK = 0.25
+_AWAY = 5.0
+"""Seconds without a manager after which one that was asked before will not answer; for less, it may have connected anew."""
 _REPEATABLE = frozenset(
     {
         "put_blob",
@@ -215,15 +263,16 @@ class ManagerClient:
 
     async def _try(self, operation: str, patience: float, arguments: dict[str, Any]) -> Any:
         """Raises: NotWriterError: nothing was done; ServiceUnavailableError: it may have been done."""
-        address = self._address()
+        address, away = self._address(), 0.0
         if address is None:
             raise NotWriterError("the model manager is away; what is loaded serves on, try again in a few seconds")
         manager = await self._manager(address)
         call = asyncio.ensure_future(_call(getattr(manager, f"tether_{operation}"), "manager", address, patience=patience, **arguments))
         try:
             while not (await asyncio.wait([call], timeout=_LOOK))[0]:
-                if self._address() not in {None, address}:  # the one that was asked may be stopped, and its connection open for ever
-                    raise ServiceUnavailableError("another manager took over while this one was asked; ask again")
+                away = away + _LOOK if self._address() is None else 0.0
+                if self._address() not in {None, address} or away > _AWAY:  # it may be stopped, and its connection open for ever
+                    raise ServiceUnavailableError("the model manager went away while it was asked; what is loaded serves on, ask again")
             return call.result()
         finally:
             if not call.done():

@@ -282,6 +282,9 @@ class HttpClient:
     async def rebuild_index(self) -> dict[str, Any]:
         return await self._json(_posted("/tether/v1/index/rebuild", {}, timeout=_LONG))
 
+    async def explain(self, name: str) -> dict[str, Any]:
+        return await self._json(_Call("GET", f"{_name_path(name)}/placement"))
+
     async def forget_store(self, store: str) -> dict[str, Any]:
         return await self._json(_Call("DELETE", f"/tether/v1/stores/{quote(store, safe='')}"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
-from tether.ports import Admitting, Copying, Lending, Replicating
+from tether.ports import Admitting, Copying, Lending, Replicating, Rolling
 from tether.types import InferResponse, Tensors
 
 __all__ = ["LabClient"]
@@ -37,6 +37,11 @@ class LabClient(Protocol):
     @property
     def lending(self) -> Lending:
         """Workers that this lab lends to others."""
+        ...
+
+    @property
+    def rolling(self) -> Rolling:
+        """How this lab changes while it serves."""
         ...
 
     async def aclose(self) -> None:
@@ -120,6 +125,8 @@ class LabClient(Protocol):
     async def gc(self, *, dry_run: bool, grace: float | None) -> dict[str, Any]: ...
 
     async def rebuild_index(self) -> dict[str, Any]: ...
+
+    async def explain(self, name: str) -> dict[str, Any]: ...
 
     async def forget_store(self, store: str) -> dict[str, Any]: ...
 

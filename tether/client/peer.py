@@ -305,6 +305,9 @@ class PeerClient:
         del changes
         self._only_there("say how it serves a model", f"`tether serving {name}`")
 
+    async def explain(self, name: str) -> dict[str, Any]:
+        self._only_there("explain where a model is", f"`tether explain {name}`")
+
     async def rollback(self, name: str, alias: str | None = None) -> dict[str, Any]:
         del alias
         self._only_there("roll back", f"`tether rollback {name}`, or set the alias")

@@ -25,9 +25,12 @@ from tether.gateway.docs import openapi, page
 from tether.gateway.door import Dispatcher, Door, Settings
 from tether.gateway.lending import LENDING
 from tether.gateway.management import MANAGEMENT
+from tether.gateway.placement import PLACEMENT
 from tether.gateway.protocol import FastProtocol, protocol_class
 from tether.gateway.quarantine import QUARANTINE
 from tether.gateway.replicating import REPLICATING
+from tether.gateway.retry_after import RETRY, SOON, retry_after
+from tether.gateway.rolling import ROLLING
 from tether.gateway.routes import PROTOCOL, Answer, Call, Endpoint, as_json
 from tether.gateway.streaming import STREAMING
 from tether.gateway.watching import WATCHING
@@ -57,7 +60,8 @@ def make_app(door: Door) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
 
 
 def _endpoints() -> tuple[Endpoint, ...]:
-    shown = (*PROTOCOL, *STREAMING, *MANAGEMENT, *ADMITTING, *REPLICATING, *COPYING, *LENDING, *QUARANTINE, *WATCHING, *ZARR)
+    control = (*MANAGEMENT, *ROLLING, *PLACEMENT, *QUARANTINE)
+    shown = (*PROTOCOL, *STREAMING, *control, *ADMITTING, *REPLICATING, *COPYING, *LENDING, *WATCHING, *ZARR)
 
     async def document(_call: Call) -> Answer:
         return as_json(openapi(shown))
@@ -117,8 +121,8 @@ def _response(answer: Answer) -> Response:
     headers = {"content-type": answer.kind, **answer.headers}
     if answer.header_nbytes:
         headers["inference-header-content-length"] = str(answer.header_nbytes)
-    if answer.status in {429, 503}:
-        headers["retry-after"] = "1"
+    if answer.status in RETRY:
+        headers.setdefault("retry-after", str(SOON))
     if answer.rest is not None:
         return _Streaming(answer, answer.rest, headers)
     return Response(answer.body, answer.status, headers)
@@ -148,9 +152,9 @@ async def _parts(body: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes
 
 def _error_response(error: TetherError) -> Response:
     headers = {"www-authenticate": "Bearer"} if error.http_status == 401 else {}  # noqa: PLR2004 (RFC 9110 §11.6.1 asks for it)
-    response = _response(Answer(error.http_status, encode_error(error)))
-    response.headers.update(headers)
-    return response
+    if error.http_status in RETRY:
+        headers["retry-after"] = str(retry_after(error))
+    return _response(Answer(error.http_status, encode_error(error), headers=headers))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -229,6 +233,10 @@ def _peers(connection: FastProtocol | None) -> _Peers:
     return lambda ask_user: connection.peer(ask_user=ask_user)
 
 
+_FAREWELL = 0.2
+"""Seconds: whoever asks five times a second hears of the end in time."""
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, ended by an event instead of signals, which are the service's own."""
 
@@ -251,6 +259,18 @@ class _Server(uvicorn.Server):
                 await asyncio.wait_for(self._stop.wait(), 1.0)
             await self.on_tick(0)
         self._ending()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, after a moment in which answers tell their clients to hang up: a request that comes while its connection is closed
+        is lost, and only its client could know that it may be sent again.
+        """
+        for server in self.servers:
+            server.close()
+        self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+        end = asyncio.get_running_loop().time() + _FAREWELL
+        while self.server_state.connections and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110 (uvicorn tells nobody)
+            await asyncio.sleep(_FAREWELL / 10)
+        await super().shutdown(sockets)
 
 
 async def serve(

@@ -1,52 +1,53 @@
-"""From a decoded URL to an answer: resolve the model, pick a worker, send, try again where that is safe, keep the deadline."""
+"""From a decoded URL to an answer: resolve the model, pick a worker, send, wait where there is none, keep the deadline."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import structlog
 
-from tether.errors import DeadlineExceededError, InternalError, LoadFailedError, NoWorkerError, TetherError, WorkerLostError, from_code
+from tether.errors import DeadlineExceededError, NoWorkerError, TetherError
+from tether.events import GatewayLoad
+from tether.gateway.calls import Call, Done, session_of
+from tether.gateway.canaries import Canaries
 from tether.gateway.contacts import ContactWatch
 from tether.gateway.event_log import EventLog
+from tether.gateway.lines import Lines
 from tether.gateway.parts import Parts
-from tether.gateway.suspicion import TELLING, Suspicion
-from tether.gateway.transport import UnixTransport
-from tether.ports import Endpoint, Hop, HopReply, Management, Undelivered
-from tether.routing.policies import least_outstanding
-from tether.routing.table import Route, Table, VersionEntry
+from tether.gateway.retry_after import retry_after
+from tether.gateway.suspicion import Suspicion
+from tether.gateway.traffic import Traffic
+from tether.gateway.tries import Tries
+from tether.gateway.waiting import Placing, Waiting, load_error
+from tether.ports import Hop, HopReply, Management
+from tether.routing.budget import backoff
+from tether.routing.health import SILENCE
+from tether.routing.shedding import Shedding
+from tether.routing.steering import Steering
+from tether.routing.table import Table, TableChange, VersionEntry, WorkerEntry
+from tether.telemetry.steering_metrics import STEERING
 from tether.types import ModelVersion
 from tether.wire.oip import encode_error
-from tether.wire.ring import Ring
 
 __all__ = ["ControlPlane", "Dispatch"]
 
 log = structlog.get_logger("tether.gateway")
-Done = Callable[[HopReply], None]
-_RING_NBYTES = 256 << 20
-"""Room for a few of the largest bodies; pages are taken only when touched."""
 _SETTLE = 5.0
 """Seconds that an answer about a change waits for the table."""
-_LOSSES = 5
-"""Workers that may go away with one request before it is given up; after two it runs where it ends none (`suspicion.py`)."""
+_CANCELLED = 499
+"""Status of a request that nobody waits for."""
+_REPEATED = 5.0
+"""Seconds after which the orchestrator is told again what it did not hear."""
 _SWEEP = 0.05
 """Seconds between looks for open requests past their deadline, and for those that can be tried again."""
 
 
-class ControlPlane(Protocol):
+class ControlPlane(Placing, Protocol):
     """What the gateway needs of the orchestrator."""
-
-    async def want(self, model: ModelVersion) -> tuple[str, str]:
-        """Ask for a version to be loaded: its state after placement, and the reason when it failed.
-
-        Raises: ServiceUnavailableError: the orchestrator does not answer.
-        """
-        ...
 
     async def quarantine(self, model: ModelVersion, mark: str | None) -> None:
         """An input of a version is not to be run any more, on any gateway; None: the version is to run in a process of its own.
@@ -59,6 +60,22 @@ class ControlPlane(Protocol):
         """Nothing is held any more against inputs of this model, nor against its versions. Raises: ServiceUnavailableError."""
         ...
 
+    async def explain(self, model: str) -> list[dict[str, Any]]:
+        """Why each version of a model is where it is. Raises: ServiceUnavailableError."""
+        ...
+
+    async def drain(self, worker: str, patience: float | None, wait: float) -> WorkerEntry:
+        """As `ports.Rolling.drain`; None: have it go on. Raises: ServiceUnavailableError, UnknownWorkerError, UnsupportedError."""
+        ...
+
+    async def restart_worker(self, worker: str) -> WorkerEntry:
+        """As `ports.Rolling.restart_worker`. Raises: as `drain`."""
+        ...
+
+    async def load(self, load: GatewayLoad) -> None:
+        """Tell what this gateway saw lately. Raises: ServiceUnavailableError."""
+        ...
+
     async def status(self) -> dict[str, Any]:
         """The services of the lab, as `tether status --json` prints them."""
         ...
@@ -68,40 +85,25 @@ class ControlPlane(Protocol):
         ...
 
 
-class _Call:
-    """One request from admission to its reply."""
-
-    __slots__ = ("abandon", "avoid", "deadline", "done", "entry", "hop", "losses", "name", "parts", "version")
-
-    def __init__(self, name: str, version: str | None, hop: Hop, done: Done) -> None:
-        self.name, self.version, self.hop, self.done = name, version, hop, done
-        self.deadline = time.monotonic() + hop.timeout
-        self.parts: Parts | None = None
-        """Of an answer that comes in parts."""
-        self.losses = 0
-        self.avoid: list[Route] = []
-        self.abandon: Callable[[], None] | None = None
-        self.entry: VersionEntry | None = None
-
-
 class Dispatch:
     """Requests of this gateway to workers. Everything runs on one loop; `infer` never blocks."""
 
-    def __init__(self, control: ControlPlane, management: Management) -> None:
+    def __init__(self, control: ControlPlane, management: Management, region: str = "") -> None:
+        """`region`: where the gateway is, for models whose policy asks for it."""
         self.table = Table()
         self.management = management
         self.events = EventLog()
         self._contacts = ContactWatch(self.events, management)
         self._control = control
-        self._ring = _make_ring()
-        self._transports: dict[Endpoint, UnixTransport] = {}
-        self._pending: dict[ModelVersion, deque[_Call]] = {}
-        """Calls that wait for their version to be loaded somewhere."""
+        self._shedding = Shedding()
         self._suspicion = Suspicion(lambda model, mark: self._spawn(self._tell(model, mark)))
-        self._open: set[_Call] = set()
+        self._lines = Lines()
+        self._traffic = Traffic(self._lines, self.events, lambda load: self._spawn(self._report(load)), region)
+        self._tries = Tries(self, self._lines, self._suspicion)
+        self._canaries = Canaries(self._traffic, self.infer)
+        self._waiting = Waiting(control, self._spawn, self.fail)
+        self._open: set[Call] = set()
         self._pushed = asyncio.Event()
-        self._used: set[ModelVersion] = set()
-        """Versions asked for since the start: a new orchestrator is told of them."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -109,9 +111,25 @@ class Dispatch:
         """The services of the lab."""
         return await self._control.status()
 
+    def labelled(self, entry: VersionEntry, right: int, wrong: int) -> None:
+        """Labels came for answers of a version."""
+        self._traffic.labelled(entry, self.table, right, wrong)
+
     async def vitals(self) -> dict[str, Any]:
         """By worker, what it uses and what its models did. Raises: ServiceUnavailableError."""
         return await self._control.vitals()
+
+    async def explain(self, model: str) -> list[dict[str, Any]]:
+        """As `ControlPlane.explain`."""
+        return await self._control.explain(model)
+
+    async def drain(self, worker: str, patience: float | None, wait: float) -> WorkerEntry:
+        """As `ControlPlane.drain`."""
+        return await self._control.drain(worker, patience, wait)
+
+    async def restart_worker(self, worker: str) -> WorkerEntry:
+        """As `ControlPlane.restart_worker`."""
+        return await self._control.restart_worker(worker)
 
     async def forgive(self, model: str) -> None:
         """As `ControlPlane.forgive`, and what it was never told of. Returns when the table says so, as `reflects`."""
@@ -139,234 +157,200 @@ class Dispatch:
 
     def infer(self, model: str, version: str | None, hop: Hop, done: Done) -> Callable[[], None]:
         """Answer one request: `done` is called once, on the loop's thread, perhaps before this returns. The result cancels it."""
-        return self._begin(_Call(model, version, hop, done))
+        return self._begin(Call(model, version, hop, done))
 
     def stream(self, model: str, version: str | None, hop: Hop, parts: Parts, done: Done) -> Callable[[], None]:
         """As `infer`, with an answer in parts: the reply that `done` gets ends it, with one more part if it is 200 and has a body."""
-        call = _Call(model, version, hop, done)
+        call = Call(model, version, hop, done)
         call.parts = parts
         return self._begin(call)
 
-    def _begin(self, call: _Call) -> Callable[[], None]:
+    def _begin(self, call: Call) -> Callable[[], None]:
         self._open.add(call)
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(_SWEEP, self._sweep)
-        self._attempt(call)
+        self._attempt(call, call.begun)
         return lambda: self._cancel(call)
 
-    def replace_table(self, table: Table) -> None:
-        """A push from the orchestrator."""
+    def replace_table(self, table: Table, change: TableChange | None = None) -> None:
+        """A push from the orchestrator. `change`: what made it of the one that is here; None: it may be another one altogether."""
         before, self.table = self.table, table
-        self._suspicion.follow(before, table)
-        self.events.see(table)
+        was, now = (before, table) if change is None else (before.part(change), table.part(change))
+        self._suspicion.follow(was, now)
+        self._shedding.follow(table)
+        self._traffic.follow(table)
+        self.events.see(table, change)
         self._pushed.set()
-        self._forget_evicted(before)
-        live = {route.endpoint for entry in table.models.values() for version in entry.versions.values() for route in version.routes}
-        for endpoint in [endpoint for endpoint in self._transports if endpoint not in live]:
-            transport = self._transports[endpoint]
-            if transport.closed or transport.in_flight == 0:
-                del self._transports[endpoint]
-                transport.close()
-        waiting, self._pending = self._pending, {}
-        for calls in waiting.values():
-            for call in calls:
-                if call in self._open:
-                    self._attempt(call)
-
-    def _forget_evicted(self, before: Table) -> None:
-        """What others put out of memory is not to be placed again by a new orchestrator, of which no version is loaded yet."""
-        if self.table.seq > before.seq:
-            versions = (version for entry in self.table.models.values() for version in entry.versions.values())
-            self._used &= {version.model for version in versions if version.state != "unloaded"} | self._pending.keys()
+        if table.follows(before):  # of a new one no version is loaded yet
+            self._waiting.follow(was, now)
+        self._lines.follow(was.endpoints, now.endpoints)
+        self._rescue(before)
+        for call in self._canaries.returning(self._open, table):
+            self._begin_again(call)
+        self._try_again(time.monotonic(), is_other_table=True)
 
     def used(self) -> list[ModelVersion]:
         """What a new orchestrator must place again."""
-        return list(self._used)
+        return self._waiting.used()
 
     def close(self) -> None:
         """Drop the connections and the ring; the end."""
         self._contacts.close()
+        self._traffic.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
         for task in self._tasks:
             task.cancel()
-        for transport in list(self._transports.values()):
-            transport.close()
-        if self._ring is not None:
-            self._ring.close()
+        self._lines.close()
 
-    def _attempt(self, call: _Call) -> None:
+    def answer(self, call: Call, reply: HopReply) -> None:
+        """As `Caller.answer`. Whatever else is under way is taken back."""
+        if call.trial is not None and call in self._open and self._canaries.takes_back(call, reply):
+            self._begin_again(call)
+        elif call in self._open:
+            self._leave(call, reply.status, reply.body)
+            try:
+                call.done(reply)
+            except Exception:  # what it answers to is gone; the others on this connection are not
+                log.exception("an answer could not be given")
+
+    def fail(self, call: Call, error: TetherError) -> None:
+        """As `Caller.fail`."""
+        self.answer(call, HopReply(error.http_status, encode_error(error), retry_after=retry_after(error)))
+
+    def again(self, call: Call, now: float, *, is_free: bool) -> None:
+        """As `Caller.again`: at another worker at once; if there is no other, or the retry budget is spent, after a while."""
+        traffic, entry = call.traffic, call.entry
+        if call not in self._open or traffic is None or entry is None:
+            return
+        call.tries += 1
+        if traffic.steering.has_other(call.avoid) and (is_free or traffic.steering.budget.take(now)):
+            self._attempt(call, now, is_retry=not is_free)
+            return
+        call.needs_token, call.not_before = not is_free, now + backoff(call.tries, self._traffic.chance)
+        self._waiting.for_another_try(call, entry)
+
+    def _attempt(self, call: Call, now: float, *, is_retry: bool = False) -> None:
         try:
-            entry = call.entry = self.table.resolve(call.name, call.version)
+            entry = self.table.resolve(call.name, call.version)
+            if entry.canary is not None or call.trial is not None:
+                entry = self._canaries.chosen(call, entry, self.table)
+            call.entry = entry
             call.hop = self._suspicion.admitted(entry, call.hop)
+            if call.place is None and call.parts is None:
+                call.place = self._shedding.admitted(self.table, entry, call.hop, call.begun)
         except TetherError as error:
-            self._fail(call, error)
+            self.fail(call, error)
             return
-        route = least_outstanding(entry.routes, self._outstanding, call.avoid)
-        if route is None:
-            self._await_placement(call, entry)
+        steering = self._steering(call, entry)
+        track = steering.choose(session_of(call.hop) if steering.has_sessions else b"", call.avoid, now)
+        if track is None:
+            self._waiting.for_placement(call, entry)
             return
-        transport, parts = self._transport(route), call.parts
-        if parts is None:
-            call.abandon = transport.send(call.hop, lambda reply: self._replied(call, route, reply))
-        else:
-            sent = transport.stream(call.hop, parts.came, lambda reply: self._replied(call, route, reply))
-            call.abandon = sent.cancel
-            parts.sent(sent.taken)
+        if is_retry:
+            STEERING.count("retries", entry.model.name, "lost")
+        self._tries.send(call, track, now, is_retry=is_retry)
+        if steering.hedging is not None and call.hedging is None:
+            self._tries.hedge_soon(call)
 
-    def _outstanding(self, route: Route) -> int:
-        transport = self._transports.get(route.endpoint)
-        return transport.in_flight if transport is not None and not transport.closed else 0
+    def _begin_again(self, call: Call) -> None:
+        """At another version."""
+        now = time.monotonic()
+        self._tries.let_go(call, now)
+        call.hedging = None
+        self._attempt(call, now)
 
-    def _transport(self, route: Route) -> UnixTransport:
-        transport = self._transports.get(route.endpoint)
-        if transport is None or transport.closed:
-            transport = self._transports[route.endpoint] = UnixTransport(route.endpoint, self._ring)
-        return transport
+    def _steering(self, call: Call, entry: VersionEntry) -> Steering:
+        """Of the version that it means; it may mean another one than at its first try."""
+        traffic = self._traffic.of(entry, self.table)
+        if call.traffic is not traffic:
+            if call.traffic is not None:
+                call.traffic.load.open -= 1
+            call.traffic = traffic
+            self._traffic.began(traffic)
+        return traffic.steering
 
-    def _replied(self, call: _Call, route: Route, reply: HopReply | Undelivered) -> None:
-        if isinstance(reply, HopReply) and call.entry is not None and (reply.status in TELLING or call.hop.alone):
-            reply = self._suspicion.judged(call.entry, call.hop, reply)
-        if isinstance(reply, HopReply):
-            self._finish(call, reply)
-            return
-        call.avoid.append(route)
-        if reply is Undelivered.NOT_SENT:
-            call.abandon = None
-            self._retry(call)
-        else:
-            self._lost(call, route)
+    def _rescue(self, before: Table) -> None:
+        """What a worker has that fell silent goes on at another one. Its connection stays: it may answer still."""
+        workers = self.table.workers.values()
+        silent = {worker.id for worker in workers if worker.state == "silent"} if self.table.workers is not before.workers else set()
+        if silent:
+            now = time.monotonic()
+            for call in [call for call in self._open if len(call.live) == 1 and call.live[0].track.route.worker in silent]:
+                self._tries.send_elsewhere(call, now)
 
-    def _lost(self, call: _Call, route: Route) -> None:
-        """The worker may have run it: only a pure model is asked again."""
-        call.losses += 1
-        entry = call.entry
-        if call.parts is not None and call.parts.have_begun:
-            self._fail(call, WorkerLostError("the worker went away in the middle of the stream: only you know whether to ask again"))
-            return
-        if entry is not None:
-            call.hop = self._suspicion.lost(entry, route, call.hop)
-        if entry is None or not entry.info.pure:
-            self._fail(
-                call, WorkerLostError("the worker went away; the model is not pure, so only you know whether to send the request again")
-            )
-        elif call.losses >= _LOSSES:
-            self._fail(call, WorkerLostError(f"{call.losses} workers went away while they had this request; try again later"))
-        else:
-            self._retry(call)
+    def _try_again(self, now: float, *, is_other_table: bool = False) -> None:
+        """Forget what was answered or cancelled meanwhile; try again what a worker of the table may take.
 
-    def _retry(self, call: _Call) -> None:
-        """On another worker at once; if there is no other, soon, on whichever there is then."""
-        entry = call.entry
-        if entry is None or call not in self._open:
-            return
-        if any(route not in call.avoid for route in entry.routes):
-            self._attempt(call)
-        else:
-            self._pending.setdefault(entry.model, deque()).append(call)
+        A connection can end while its worker stays in the table, so the table need not change first.
+        """
+        self._waiting.drop(lambda call: call not in self._open)
+        for call in self._waiting.take(lambda call: self._is_due(call, now, is_other_table=is_other_table)):
+            is_retry, call.needs_token = call.needs_token, False
+            self._attempt(call, now, is_retry=is_retry)
 
-    def _await_placement(self, call: _Call, entry: VersionEntry) -> None:
-        first = entry.model not in self._pending
-        self._pending.setdefault(entry.model, deque()).append(call)
-        self._used.add(entry.model)
-        if first and entry.state != "loading":
-            self._spawn(self._want(entry.model))
-
-    async def _want(self, model: ModelVersion) -> None:
-        try:
-            state, reason = await self._control.want(model)
-        except TetherError as error:
-            self._fail_pending(model, error)
-            return
-        except Exception:
-            log.exception("asking for a model failed", model=str(model))
-            self._fail_pending(model, InternalError("the gateway failed to ask for the model; its log has the traceback"))
-            return
-        if state == "failed":
-            self._fail_pending(model, _load_error(model, reason))
+    def _is_due(self, call: Call, now: float, *, is_other_table: bool) -> bool:
+        if not is_other_table and (call.entry is None or not call.entry.routes or now < call.not_before):
+            return False
+        return not call.needs_token or call.traffic is None or call.traffic.steering.budget.take(now)
 
     async def _tell(self, model: ModelVersion, mark: str | None) -> None:
-        """Who does not hear it is told when it is back (`Suspicion.follow`)."""
-        try:
-            await self._control.quarantine(model, mark)
-        except TetherError as error:
-            log.warning("the orchestrator was not told of a quarantine", model=str(model), error=str(error))
+        """Until it was heard, or is so no more."""
+        while self._suspicion.holds(model, mark):
+            try:
+                await self._control.quarantine(model, mark)
+                return
+            except TetherError as error:
+                log.warning("the orchestrator was not told of a quarantine", model=str(model), error=str(error))
+            await asyncio.sleep(_REPEATED)
+
+    async def _report(self, load: GatewayLoad) -> None:
+        """What is not heard is out of date by the next time."""
+        with contextlib.suppress(TetherError):
+            await self._control.load(load)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _fail_pending(self, model: ModelVersion, error: TetherError) -> None:
-        for call in self._pending.pop(model, ()):
-            self._fail(call, error)
-
     def _sweep(self) -> None:
         now = time.monotonic()
         self._sweeper = asyncio.get_running_loop().call_later(_SWEEP, self._sweep) if self._open else None
-        for call in [call for call in self._open if call.deadline < now or (call.parts is not None and call.parts.are_late(now))]:
-            if call.abandon is not None:
-                call.abandon()
-            self._fail(call, self._late(call))
-        self._retry_pending()
+        longest = now - SILENCE
+        for call in list(self._open):
+            if call.deadline < now or (call.parts is not None and call.parts.are_late(now)):
+                self.fail(call, self._late(call))
+            elif call.begun < longest:
+                self._tries.look(call, now)
+        self._try_again(now)
 
-    def _retry_pending(self) -> None:
-        """Forget what was answered or cancelled meanwhile; try again what a worker of the table may take.
-
-        A connection can end while its worker stays in the table, so the table need not change first.
-        """
-        waiting, self._pending = self._pending, {}
-        for model, calls in waiting.items():
-            for call in [call for call in calls if call in self._open]:
-                if call.entry is not None and call.entry.routes:
-                    self._attempt(call)
-                else:
-                    self._pending.setdefault(model, deque()).append(call)
-
-    def _late(self, call: _Call) -> TetherError:
+    def _late(self, call: Call) -> TetherError:
         patience = call.parts.patience if call.parts is not None else None
         waited = f"no answer within {patience or call.hop.timeout:g} s"
-        if call.abandon is not None:
+        if call.live or call.losses:
             return DeadlineExceededError(f"{waited}; give a longer timeout or a smaller batch")
         if reason := self._shortage(call):
-            return _load_error(reason[0], reason[1])
+            return load_error(reason[0], reason[1])
         return NoWorkerError(f"{waited}: no worker holds {call.name!r}; `tether status` shows the workers, `tether logs orchestrator` why")
 
-    def _shortage(self, call: _Call) -> tuple[ModelVersion, str] | None:
+    def _shortage(self, call: Call) -> tuple[ModelVersion, str] | None:
         """Why the version is still waited for, if a worker has said it."""
         with contextlib.suppress(TetherError):
             entry = self.table.resolve(call.name, call.version)
             return (entry.model, entry.reason) if entry.reason else None
         return None
 
-    def _cancel(self, call: _Call) -> None:
+    def _cancel(self, call: Call) -> None:
         if call in self._open:
-            self._open.discard(call)
-            if call.abandon is not None:
-                call.abandon()
+            self._leave(call, _CANCELLED)
 
-    def _fail(self, call: _Call, error: TetherError) -> None:
-        self._finish(call, HopReply(error.http_status, encode_error(error)))
-
-    def _finish(self, call: _Call, reply: HopReply) -> None:
-        if call in self._open:
-            self._open.discard(call)
-            try:
-                call.done(reply)
-            except Exception:  # what it answers to is gone; the others on this connection are not
-                log.exception("an answer could not be given")
-
-
-def _load_error(model: ModelVersion, reason: str) -> TetherError:
-    """What the worker said, as the same error of the tree."""
-    code, _, message = reason.partition(": ")
-    error = from_code(code, f"{model} can't be loaded: {message}")
-    return error if type(error) is not TetherError else LoadFailedError(f"{model} can't be loaded: {reason}")
-
-
-def _make_ring() -> Ring | None:
-    """None where the platform has no memfd: large bodies then travel in frames."""
-    try:
-        return Ring(_RING_NBYTES)
-    except (AttributeError, OSError):
-        return None
+    def _leave(self, call: Call, status: int, body: bytes = b"") -> None:
+        now = time.monotonic()
+        self._open.discard(call)
+        if call.live or call.hedging is not None:
+            self._tries.let_go(call, now)
+        if call.place is not None:
+            call.place.leave(now, status)
+        if call.traffic is not None:
+            call.traffic.load.ended(status, body, now - call.begun)

@@ -17,7 +17,7 @@ from tether.gateway.event_log import EventLog
 from tether.gateway.oip import Target, raw_request, target_of
 from tether.gateway.parts import Parts
 from tether.ports import Hop, HopReply, Management
-from tether.routing.table import Table
+from tether.routing.table import Table, VersionEntry, WorkerEntry
 from tether.telemetry.accesslog import Access, AccessLog
 from tether.telemetry.metrics import REQUESTS, UNKNOWN, RequestMetrics, Series
 
@@ -53,6 +53,22 @@ class Dispatcher(Protocol):
 
     async def forgive(self, model: str) -> None:
         """Hold nothing any more against inputs of this model, nor against its versions. Raises: ServiceUnavailableError."""
+        ...
+
+    async def explain(self, model: str) -> list[dict[str, Any]]:
+        """Why each version of a model is where it is. Raises: ServiceUnavailableError."""
+        ...
+
+    async def drain(self, worker: str, patience: float | None, wait: float) -> WorkerEntry:
+        """As `ports.Rolling.drain`; None: have it go on. Raises: ServiceUnavailableError, UnknownWorkerError, UnsupportedError."""
+        ...
+
+    async def restart_worker(self, worker: str) -> WorkerEntry:
+        """As `ports.Rolling.restart_worker`: the worker that ends. Raises: as `drain`."""
+        ...
+
+    def labelled(self, entry: VersionEntry, right: int, wrong: int, /) -> None:
+        """Labels came for answers of a version: so many were right, so many wrong."""
         ...
 
     async def vitals(self) -> dict[str, Any]:
@@ -148,7 +164,7 @@ class Door:
                 )
         elif header_nbytes == 0:
             body, header_nbytes = raw_request(body, self.dispatcher.table.resolve(*target).info)
-        return Hop(body, header_nbytes, timeout)
+        return Hop(body, header_nbytes, timeout, session=headers.get(b"x-session-id", b""))
 
     def note(self, access: Access) -> None:
         """One line of the access log."""

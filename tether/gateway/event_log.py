@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from tether.routing.changes import Contacts, Facts, changes, encounters
 from tether.routing.lab_events import Kind, LabEvent
-from tether.routing.table import Table
+from tether.routing.table import Table, TableChange
 
 __all__ = ["EventLog"]
 
@@ -26,24 +26,30 @@ class EventLog:
         """Number of the last event, and of the one before the first that is kept."""
         self._clock, self._most = clock, most
         self._events = deque[LabEvent]()
-        self._facts: Facts | None = None
+        self._table: Table | None = None
         self._contacts: Contacts | None = None
         self.on_listener: Callable[[], None] = _nothing
         """Called whenever somebody begins to wait."""
         self._moved = asyncio.Event()
         self.is_closed = False
 
-    def see(self, table: Table) -> None:
-        """The table is another one. The first one says how things are; nothing happened."""
-        before, self._facts = self._facts, Facts.of(table)
-        if before is not None:
-            self._tell(changes(before, self._facts, self.last, self._clock()))
+    def see(self, table: Table, change: TableChange | None = None) -> None:
+        """The table is another one. `change`: what made it of the one before. The first one says how things are; nothing happened."""
+        before, self._table = self._table, table
+        if before is None:
+            return
+        was, now = (before, table) if change is None else (before.part(change), table.part(change))
+        self._tell(changes(Facts.of(was), Facts.of(now), self.last, self._clock()))
 
     def meet(self, contacts: Contacts | None) -> None:
         """As `see`, for other labs; None: nobody looks at them any more."""
         before, self._contacts = self._contacts, contacts
         if before is not None and contacts is not None:
             self._tell(encounters(before, contacts, self.last, self._clock()))
+
+    def tell(self, kind: Kind, **what: Any) -> None:
+        """Something that no table shows. `what`: fields of `LabEvent`."""
+        self._tell([LabEvent(seq=self.last + 1, at=self._clock(), kind=kind, **what)])
 
     def after(self, seq: int) -> list[LabEvent]:
         """What happened after that number; 0: all that is kept. Begins with `missed` where some of it can't be told."""

@@ -12,6 +12,7 @@ from tether.errors import InternalError, TetherError
 from tether.gateway.admission import Headers
 from tether.gateway.door import Door
 from tether.gateway.oip import Target
+from tether.gateway.retry_after import RETRY, retry_after
 from tether.ports import HopReply
 from tether.telemetry.accesslog import Access
 from tether.telemetry.metrics import Series
@@ -21,12 +22,10 @@ __all__ = ["Connection", "Lane", "head_of"]
 
 _log = logging.getLogger("tether.gateway")
 _PARTS: Final = 512
-"""Pieces of a body that are kept apart; more come from tiny chunks, whose objects would outweigh their bytes."""
+"""Pieces of a body that are kept apart; so many are joined, since the objects of tiny ones would outweigh their bytes."""
 _STATUS: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _CLOSED_BY_CLIENT: Final = 499
 """Status of a request whose client went away, in metrics and log only (nginx's number)."""
-_RETRY: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
-"""Statuses that come with Retry-After."""
 
 
 class Connection(Protocol):
@@ -55,7 +54,7 @@ class Lane:
     """Stands where uvicorn keeps its RequestResponseCycle: the first six attributes are those that its bookkeeping uses."""
 
     __slots__ = (
-        "answered", "body", "caller", "cancel", "connection", "disconnected", "error", "expects", "headers", "id", "keep_alive", "method",
+        "answered", "caller", "cancel", "connection", "disconnected", "error", "expects", "headers", "id", "joined", "keep_alive", "method",
         "nbytes", "parts", "ready", "response_complete", "series", "started", "target", "turn", "url",
     )  # fmt: skip
     message_event = _NoEvent()
@@ -75,7 +74,8 @@ class Lane:
         self.cancel: Callable[[], None] | None = None
         self.series: Series | None = None
         self.parts: list[bytes] = []
-        self.body: bytearray | None = None
+        self.joined: list[bytes] | None = None
+        """What stands before them."""
         self.nbytes = 0
 
     def feed(self, data: bytes) -> None:
@@ -83,12 +83,10 @@ class Lane:
         self.nbytes += len(data)
         if self.error is not None:
             return
-        if self.body is not None:
-            self.body += data
-        elif len(self.parts) < _PARTS:
-            self.parts.append(data)
-        else:
-            self.body = bytearray(b"".join((*self.parts, data)))
+        self.parts.append(data)
+        if len(self.parts) >= _PARTS:
+            self.joined = self.joined or []
+            self.joined.append(b"".join(self.parts))
             self.parts = []
 
     def complete(self) -> None:
@@ -139,18 +137,19 @@ class Lane:
 
     def _joined(self) -> bytes:
         parts, self.parts = self.parts, []
-        if self.body is not None:
-            return bytes(self.body)
+        if self.joined is not None:
+            parts, self.joined = [*self.joined, *parts], None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _fail(self, error: TetherError) -> None:
-        self.done(HopReply(error.http_status, encode_error(error)))
+        self.done(HopReply(error.http_status, encode_error(error), retry_after=retry_after(error)))
 
     def done(self, reply: HopReply) -> None:
         """Answer. A second call does nothing."""
         if self.answered:
             return
         self.answered = True
+        self.cancel = None  # it holds the call, which holds this: such rings wait for the garbage collector
         self._account(reply.status, len(reply.body))
         if not self.disconnected:
             self.connection.write_answer(self, reply)
@@ -175,8 +174,8 @@ def head_of(lane: Lane, reply: HopReply, standing: bytes) -> bytes:
     else:
         kind = b"content-type: application/json\r\n"
     head = b"%b%b%bcontent-length: %d\r\nx-request-id: %b\r\n" % (_status_line(reply.status), standing, kind, len(reply.body), lane.id)
-    if reply.status in _RETRY:
-        head += b"retry-after: 1\r\n"
+    if reply.status in RETRY:
+        head += b"retry-after: %d\r\n" % reply.retry_after
     elif reply.status == HTTPStatus.UNAUTHORIZED:
         head += b"www-authenticate: Bearer\r\n"
     if b"origin" in lane.headers:

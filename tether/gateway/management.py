@@ -186,6 +186,7 @@ _CHECKED: Final = {"type": "object", "properties": {"version": {"type": ["intege
 _SCOPES: Final = {"type": "object", "required": ["scopes"], "properties": {"scopes": {"type": "array", "items": {"enum": ["code"]}}}}
 _COLLECT: Final = {"type": "object", "properties": {"dry_run": {"type": "boolean"}, "grace": {"type": ["number", "null"], "minimum": 0}}}
 _SERVING: Final = msgspec.json.schema(ServingSettings)["$defs"]["ServingSettings"]
+_SERVING["properties"].pop("rollout", None)  # it has paths of its own (`rolling.py`)
 _V1: Final = "/tether/v1"
 _MODEL: Final = f"{_V1}/models/{{name}}"
 

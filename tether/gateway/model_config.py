@@ -6,7 +6,7 @@ from typing import Any
 
 from tether.gateway.oip import PLATFORMS
 from tether.routing.table import VersionEntry
-from tether.serving_settings import MOST_ROWS, ServingSettings
+from tether.serving_settings import DEFAULTS, MOST_ROWS, ServingSettings
 from tether.types import TensorSpec
 
 __all__ = ["model_config"]
@@ -65,7 +65,10 @@ def _dynamic_batching(serving: ServingSettings) -> dict[str, Any]:
 
 def _parameters(serving: ServingSettings) -> dict[str, Any]:
     """What Triton has no field for."""
-    said = {"latency": serving.latency, "pinned": serving.pinned or None, "keep_alive": serving.keep_alive}
+    said: dict[str, object] = {"latency": serving.latency, "pinned": serving.pinned or None, "keep_alive": serving.keep_alive}
+    said |= {"min_copies": serving.min_copies, "max_copies": serving.max_copies, "spare": serving.spare or None, "region": serving.region}
+    said |= {"labels": ",".join(serving.labels) or None}
+    said |= {"policy": serving.policy if serving.policy != DEFAULTS.policy else None, "hedge": serving.hedge}
     return {f"tether.{name}": {"string_value": str(value)} for name, value in said.items() if value is not None}
 
 

@@ -25,6 +25,7 @@ from tether.errors import (
 from tether.gateway.admission import PROXIED, Headers, Peer
 from tether.gateway.door import Door
 from tether.gateway.heads import Head, body_too_large, check_head, headers_too_large, prelude
+from tether.gateway.known_heads import KnownHead, candidate
 from tether.gateway.lane import Lane, head_of
 from tether.gateway.peers import cut_off, peer_of, unsent
 from tether.ports import HopReply
@@ -72,6 +73,12 @@ class FastProtocol(HttpToolsProtocol):
         self._unsent: Lane | None = None
         """A lane whose answer waits for the client to read."""
         self._messages = self._received = self._chunk = self._head_nbytes = self._body_nbytes = 0
+        self._known: KnownHead | None = None
+        """The last head of a lane's message, if the next one may be the same."""
+        self._candidate: KnownHead | None = None
+        """The head that was just parsed, of which it is not known yet where it ends."""
+        self._owed = 0
+        """Bytes of body to come of a message whose head was known: they do not pass the parser."""
         self._progress: tuple[object, ...] | None = None
         self._strikes = 0
         self._period = self.door.settings.patience / 2
@@ -87,20 +94,61 @@ class FastProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
-            return
+        at, end = 0, len(data)
+        self._received += end
+        while at < end and not self._deaf:
+            known = self._known
+            if self._owed:
+                piece = data[at : at + self._owed]
+                at += len(piece)
+                self._feed_known(piece)
+            elif known is not None and data.startswith(known.head, at) and self._may_begin(known):
+                at += len(known.head)
+                self._begin_known(known)
+            else:
+                self._read(data[at:])
+                return
+
+    def _may_begin(self, known: KnownHead) -> bool:
+        """Whether the next byte is the first of a message, and its caller may still do what he might."""
+        return not (self._in_headers or self._in_body) and known.generation == self.door.admission.keys.generation
+
+    def _begin_known(self, known: KnownHead) -> None:
+        """As `on_headers_complete`, of a head that came before: the parser would say the same of it."""
+        self._messages += 1
+        self._in_body, self._owed = True, known.nbytes
+        self.url = known.url
+        lane = self._lane = Lane(self, known.target, known.url, known.sent)
+        lane.keep_alive = True
+        lane.caller = known.caller
+        self._enqueue(lane)
+
+    def _feed_known(self, piece: bytes) -> None:
+        """A piece of that message's body."""
+        self._owed -= len(piece)
+        lane = self._lane
+        if not self._owed:
+            self._in_body, self._lane = False, None
+        if lane is not None:
+            lane.feed(piece)
+            if not self._owed:
+                lane.complete()
+
+    def _read(self, data: bytes) -> None:
         self._chunk = len(data)
-        self._received += self._chunk
         message = self._messages if self._in_headers else -1
+        known_after = -1 if self._in_headers or self._in_body else self._messages + 1
         try:
             self._parse(data)
         except httptools.HttpParserError as error:
             self._stop(_refusal(error))
-        else:
-            if self._in_headers and message == self._messages:  # all of it was headers of one message
-                self._head_nbytes += self._chunk
-                if self._head_nbytes > self.door.settings.header_nbytes:
-                    self._stop(headers_too_large(self.door.settings))
+            return
+        if self._in_headers and message == self._messages:  # all of it was headers of one message
+            self._head_nbytes += self._chunk
+            if self._head_nbytes > self.door.settings.header_nbytes:
+                self._stop(headers_too_large(self.door.settings))
+        elif known_after == self._messages and self._candidate is not None:
+            self._known = self._candidate.found_in(data, self._body_nbytes) or self._known
 
     def _parse(self, data: bytes) -> None:
         while True:
@@ -130,6 +178,7 @@ class FastProtocol(HttpToolsProtocol):
         self.headers = []
         self._messages += 1
         self._head_nbytes = self._body_nbytes = 0
+        self._candidate = None
         self._in_headers = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -157,6 +206,8 @@ class FastProtocol(HttpToolsProtocol):
         except TetherError as error:
             self._refuse_early(lane, error)
         lane.expects = lane.error is None and sent.get(b"expect", b"").lower() == b"100-continue"
+        if lane.error is None and lane.keep_alive and not self._skipped and b"expect" not in sent:
+            self._candidate = candidate(sent, self.url, target, lane.caller, self.door.admission.keys.generation)
         self._enqueue(lane)
 
     def _leave_to_asgi(self, sent: Headers) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, Final
 
 from tether.errors import UnknownModelError
@@ -14,12 +13,12 @@ __all__ = ["QUARANTINE"]
 
 async def _quarantine(call: Call) -> Answer:
     versions = (version for model in call.door.dispatcher.table.models.values() for version in model.versions.values())
-    held = [_row(version, time.time()) for version in versions if version.poison or version.is_isolated]
+    held = [_row(version) for version in versions if version.poison or version.is_isolated]
     return as_json({"quarantine": sorted(held, key=lambda row: (row["model"], row["version"]))})
 
 
-def _row(version: VersionEntry, now: float) -> dict[str, Any]:
-    poison = [{"mark": mark, "until": until} for mark, until in version.poison.items() if now < until]
+def _row(version: VersionEntry) -> dict[str, Any]:
+    poison = [{"mark": mark, "until": until} for mark, until in version.poison.items()]
     return {"model": version.model.name, "version": version.model.version, "isolated": version.is_isolated, "poison": poison}
 
 

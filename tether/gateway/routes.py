@@ -25,11 +25,12 @@ from tether.gateway.oip import (
     short_answer,
     short_request,
 )
+from tether.gateway.retry_after import RETRY
 from tether.ports import Hop, HopReply
 from tether.telemetry.metrics import render
 from tether.telemetry.worker_metrics import worker_metrics
 
-__all__ = ["OFF_LOOP", "PROTOCOL", "TENSORS", "Answer", "Call", "Endpoint", "as_json", "forward", "json_object", "plain_body"]
+__all__ = ["OFF_LOOP", "PROTOCOL", "TENSORS", "Answer", "Call", "Endpoint", "answer_of", "as_json", "forward", "json_object", "plain_body"]
 
 OFF_LOOP: Final = 256 << 10
 """Body bytes from which parsing moves to a thread: below, the move costs more than it saves other requests."""
@@ -162,7 +163,8 @@ async def _feedback(call: Call) -> Answer:
     if unknown or not all(isinstance(count, int) and not isinstance(count, bool) and 0 <= count < _COUNT for count in (right, wrong)):
         raise MalformedRequestError('feedback is {"right": 93, "wrong": 7}: of answers whose labels are known, how many were right')
     target = call.path["model"], call.path.get("version")
-    call.door.dispatcher.table.resolve(*target)
+    entry = call.door.dispatcher.table.resolve(*target)
+    call.door.dispatcher.labelled(entry, right, wrong)
     series = call.door.series(target)
     series.right += right
     series.wrong += wrong
@@ -181,7 +183,7 @@ async def _infer(call: Call) -> Answer:
     """What the fast lane leaves: compressed bodies, and URLs in another spelling."""
     body = await plain_body(call)
     target = call.path["model"], call.path.get("version")
-    return _answer(await forward(call, target, lambda: call.door.hop(target, call.headers, body)))
+    return answer_of(await forward(call, target, lambda: call.door.hop(target, call.headers, body)))
 
 
 async def _short(call: Call) -> Answer:
@@ -193,13 +195,15 @@ async def _short(call: Call) -> Answer:
     timeout = timeout_of(call.headers, call.body, 0, call.door.settings.limits.timeout)
     reply = await forward(call, target, lambda: Hop(body, header_nbytes, timeout))
     if reply.status != 200:  # noqa: PLR2004 (an error's body is the same in both forms)
-        return _answer(reply)
+        return answer_of(reply)
     return Answer(200, await asyncio.to_thread(short_answer, reply.body, reply.header_nbytes))
 
 
-def _answer(reply: HopReply) -> Answer:
+def answer_of(reply: HopReply) -> Answer:
+    """What the client is told of it, whole."""
     kind = "application/octet-stream" if reply.header_nbytes else "application/json"
-    return Answer(reply.status, reply.body, kind, reply.header_nbytes)
+    headers = {"retry-after": str(reply.retry_after)} if reply.status in RETRY else {}
+    return Answer(reply.status, reply.body, kind, reply.header_nbytes, headers)
 
 
 async def forward(call: Call, target: Target, make: Callable[[], Hop]) -> HopReply:

@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -16,15 +16,17 @@ import msgspec
 from tether.client.cluster import ManagerClient, OrchestratorClient
 from tether.config import GATEWAY_PORT, HOUSEKEEPING, ORCHESTRATOR_PORT, DataFolder
 from tether.errors import ConfigError, PortBusyError, TetherError
+from tether.events import GatewayLoad
 from tether.gateway.admission import Keys, fingerprint
 from tether.gateway.app import serve
 from tether.gateway.dispatch import Dispatch
 from tether.gateway.door import Settings
-from tether.routing.table import Table
+from tether.routing.table import Table, WorkerEntry
 from tether.security.keys import ensure_api_key
 from tether.security.tls import TlsFiles, ensure_tls
 from tether.telemetry.service import Life, run_service
 from tether.types import ModelVersion
+from tether.worker.site import worker_site
 
 __all__ = ["main"]
 
@@ -37,7 +39,7 @@ class _Control:
     def __init__(self, folder: DataFolder, orchestrator: str, tls: TlsFiles) -> None:
         self._folder = folder
         self.manager = ManagerClient(lambda: self.dispatch.table.manager, lambda change: self.dispatch.reflects(change), tls)  # noqa: PLW0108 (made next)
-        self.dispatch = Dispatch(self, self.manager)
+        self.dispatch = Dispatch(self, self.manager, worker_site(folder).region)
         self.orchestrator = OrchestratorClient(orchestrator, tls, self.dispatch.replace_table, self.dispatch.used)
 
     async def want(self, model: ModelVersion) -> tuple[str, str]:
@@ -49,14 +51,37 @@ class _Control:
     async def quarantine(self, model: ModelVersion, mark: str | None) -> None:
         await self.orchestrator.quarantine(model, mark)
 
+    async def load(self, load: GatewayLoad) -> None:
+        await self.orchestrator.load(load)
+
+    async def explain(self, model: str) -> list[dict[str, Any]]:
+        return await self.orchestrator.explain(model)
+
+    async def drain(self, worker: str, patience: float | None, wait: float) -> WorkerEntry:
+        return await self.orchestrator.drain(worker, patience, wait)
+
+    async def restart_worker(self, worker: str) -> WorkerEntry:
+        return await self.orchestrator.restart_worker(worker)
+
     async def forgive(self, model: str) -> None:
         await self.orchestrator.forgive(model)
 
     async def status(self) -> dict[str, Any]:
         """What the supervisor says of the services, with the workers and models of the table, and what the manager says of the swarm."""
-        swarm = await self._swarm()
-        table = self.dispatch.table
-        return _described(self._folder) | {"swarm": swarm, "workers": _workers(table), "models": _models(table)}
+        swarm, silent = await asyncio.gather(self._swarm(), self._silent())
+        if swarm["state"] == "unknown":
+            silent["manager"] = swarm["detail"]
+        table, described = self.dispatch.table, _described(self._folder)
+        described["services"] = [_seen(service, table, silent) for service in described["services"]]
+        return described | {"swarm": swarm, "workers": _workers(table), "models": _models(table)}
+
+    async def _silent(self) -> dict[str, str]:
+        """The orchestrator, if it does not answer, and why."""
+        try:
+            await self.orchestrator.vitals()
+        except TetherError as error:
+            return {"orchestrator": str(error)}
+        return {}
 
     async def _swarm(self) -> dict[str, Any]:
         try:
@@ -77,6 +102,16 @@ def _described(folder: DataFolder) -> dict[str, Any]:
         facts = {}
     known = {name: facts.get(name) for name in ("address", "gateway")}
     return known | {"data": str(folder.root), "services": facts.get("services", [])}
+
+
+def _seen(service: dict[str, Any], table: Table, silent: Mapping[str, str]) -> dict[str, Any]:
+    """A service that runs as far as its supervisor knows, as others see it. `silent`: by role, why one gave no answer."""
+    worker = table.workers.get(service["name"])
+    if service["state"] != "running":
+        return service
+    if worker is not None and worker.pid == service["pid"]:
+        return service | {"state": worker.state, "since": worker.since} if worker.state != "running" else service
+    return service | {"state": "silent", "error": silent[service["role"]]} if service["role"] in silent else service
 
 
 def _workers(table: Table) -> list[dict[str, Any]]:

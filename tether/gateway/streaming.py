@@ -19,7 +19,7 @@ from tether.gateway.admission import timeout_of
 from tether.gateway.generate import generate_answer, generate_request
 from tether.gateway.oip import Target
 from tether.gateway.parts import Parts
-from tether.gateway.routes import OFF_LOOP, TENSORS, Answer, Call, Endpoint, forward, plain_body
+from tether.gateway.routes import OFF_LOOP, TENSORS, Answer, Call, Endpoint, answer_of, forward, plain_body
 from tether.ports import Hop, HopReply
 from tether.wire.oip import encode_error
 from tether.wire.parts import END, PARTS_KIND, encode_part
@@ -49,7 +49,7 @@ async def _generate(call: Call) -> Answer:
     """One answer; parts, if the model gives them, joined along their first axis."""
     target, hop = await _generating(call)
     reply = await forward(call, target, lambda: hop)
-    return Answer(reply.status, reply.body if reply.status != _OK else generate_answer(reply.body, reply.header_nbytes))
+    return answer_of(reply) if reply.status != _OK else Answer(_OK, generate_answer(reply.body, reply.header_nbytes))
 
 
 async def _generate_stream(call: Call) -> Answer:
@@ -75,7 +75,7 @@ async def _streamed(call: Call, target: Target, hop: Hop, encode: _Encode) -> An
         first = await stream.first()
         if first is not None and first.status != _OK:
             stream.end()
-            return Answer(first.status, first.body)
+            return answer_of(first)
         if first is not None and first.header_nbytes and encode is _event:
             raise UnsupportedError(f"events carry no binary tensors: ask for JSON outputs, or send Accept: {PARTS_KIND}")
     except BaseException:

@@ -7,7 +7,6 @@ is isolated on all workers: from then on its inputs cost their own process only 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from tether.errors import ModelDiedError, PoisonInputError
 from tether.ports import Hop, HopReply, Undelivered
 from tether.routing.quarantine import LIVES, Quarantine, mark_of
 from tether.routing.table import Route, Table, VersionEntry
+from tether.telemetry.clock import steady_time
 from tether.types import ModelVersion
 from tether.wire.oip import encode_error
 
@@ -35,7 +35,7 @@ class _Died(msgspec.Struct):
 class Suspicion:
     """Of one gateway. `tell` passes on that a version is to be isolated (None), or an input of it condemned; it does not block."""
 
-    def __init__(self, tell: Callable[[ModelVersion, str | None], None], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, tell: Callable[[ModelVersion, str | None], None], clock: Callable[[], float] = steady_time) -> None:
         self._tell, self._clock = tell, clock
         self._seen = Quarantine()
         self._isolated: set[ModelVersion] = set()
@@ -51,7 +51,7 @@ class Suspicion:
         if not entry.poison and not self._seen.concerns(model):
             return hop
         mark, now = mark_of(hop.body, hop.header_nbytes), self._clock()
-        if now < entry.poison.get(mark, 0.0) or self._seen.is_condemned(model, mark, now):
+        if mark in entry.poison or self._seen.is_condemned(model, mark, now):
             raise PoisonInputError(
                 f"this input ended the process of {model} twice and is not run again: change it, or mend the model and publish that; "
                 f"`tether quarantine --clear {model.name}` lets it run once more"
@@ -101,20 +101,30 @@ class Suspicion:
         return hop if hop.alone else replace(hop, alone=True)
 
     def follow(self, before: Table, after: Table) -> None:
-        """The table is another one. What is held no more was forgiven; an orchestrator that begins anew is told all that is known here."""
+        """The table is another one, or a part of it is: that part.
+
+        What is held no more was forgiven; an orchestrator that begins anew is told all that is known here.
+        """
         versions = (version for model in after.models.values() for version in model.versions.values())
         held = {version.model for version in versions if version.poison or version.is_isolated}
-        if after.seq < before.seq:
+        if not after.follows(before):
             self._tell_all()
-        else:
-            self.forgive(self._held - held)
-        self._held = held
+            self._held = held
+            return
+        names = before.models.keys() | after.models.keys()
+        over = {model for model in self._held if model.name in names} - held
+        self.forgive(over)
+        self._held = (self._held - over) | held
 
     def forgive(self, models: Iterable[ModelVersion]) -> None:
         """Nothing is held here any more against inputs of these, whether the orchestrator was told of it or not."""
         forgiven = set(models)
         self._seen.forget(forgiven)
         self._isolated -= forgiven
+
+    def holds(self, model: ModelVersion, mark: str | None) -> bool:
+        """Whether what was to be told is still so."""
+        return model in self._isolated if mark is None else self._seen.is_condemned(model, mark, self._clock())
 
     def _tell_all(self) -> None:
         for model in self._isolated:

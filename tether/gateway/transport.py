@@ -6,6 +6,7 @@ What goes to an endpoint in one tick of the loop leaves in one frame. A lent wor
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Callable
 from typing import cast
@@ -16,6 +17,11 @@ from tether.wire.ring import RING_FROM_NBYTES, Ring
 
 __all__ = ["UnixTransport"]
 
+_UNFELT_US = 1000
+"""Microseconds that requests may take which are there already, so that one more does not feel them: it shares a batch with them, and costs
+half of what it does alone. Where a worker that sleeps had to wake for it, it would be answered no sooner."""
+_LATELY = 0.02
+"""Seconds since the last answer in which that is believed: a worker that stands still is not to be given all that its pace allows."""
 _Waiting = tuple[OnReply, int, int]
 """Whom to tell; ring offset and size of the body, or INLINE."""
 
@@ -35,6 +41,10 @@ class UnixTransport(asyncio.BufferedProtocol):
         self._due = False
         self._connected = False
         self.closed = False
+        self._pace_us = 0
+        """Microseconds that a request takes there; 0: not known."""
+        self._heard = -math.inf
+        """When it answered last."""
         self._leaving = False
         """Whether the model is to be freed there: what was sent is answered, and then the connection is of no use."""
         self._connecting = self._loop.create_task(self._connect())
@@ -43,6 +53,14 @@ class UnixTransport(asyncio.BufferedProtocol):
     def in_flight(self) -> int:
         """Requests sent and not yet answered."""
         return len(self._waiting)
+
+    @property
+    def load(self) -> int:
+        """`in_flight`, as far as one more would feel them: of a model that answers in microseconds a few are none."""
+        in_flight = len(self._waiting)
+        if not in_flight or not self._pace_us or in_flight * self._pace_us > _UNFELT_US:
+            return in_flight
+        return 0 if self._loop.time() - self._heard < _LATELY else in_flight
 
     async def _connect(self) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -83,6 +101,8 @@ class UnixTransport(asyncio.BufferedProtocol):
             self._give_back(offset, size)
             reason = UNDELIVERED.get(head.status)
             on_reply(HopReply(head.status, bytes(payload), head.header_nbytes) if reason is None else reason)
+        if frame and frame[-1][0].timeout_ms:
+            self._pace_us, self._heard = frame[-1][0].timeout_ms, self._loop.time()
         frame.clear()
         self._reader.release()
         if self._leaving and not self._waiting:

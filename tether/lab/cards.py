@@ -10,7 +10,7 @@ from typing import Literal
 from tether.config import CARDS_ENV, has_cards
 from tether.errors import ConfigError
 
-__all__ = ["check_cards", "gpu_count", "machine_cards", "share", "worker_count"]
+__all__ = ["check_cards", "gpu_count", "machine_cards", "share", "worker_counts"]
 
 
 def machine_cards() -> list[str]:
@@ -34,9 +34,11 @@ def gpu_count(wished: int | Literal["auto"]) -> int:
     return wished
 
 
-def worker_count(wished: int | None, gpus: int) -> int:
-    """The number itself; None: two, or one for each GPU where there are more."""
-    return max(2, gpus) if wished is None else wished
+def worker_counts(wished: int | tuple[int, int] | None, gpus: int) -> tuple[int, int | None]:
+    """The fewest and the most, None where they are the same; of nothing: two, or one for each GPU where there are more."""
+    if isinstance(wished, tuple):
+        return wished
+    return max(2, gpus) if wished is None else wished, None
 
 
 def check_cards(gpus: int, workers: int) -> None:

@@ -19,7 +19,7 @@ from tether.config import DataFolder
 from tether.errors import LabRunningError, NoLabError, TetherError, UnsupportedError
 from tether.lab import loop
 from tether.lab.bars import bar
-from tether.lab.cards import gpu_count, worker_count
+from tether.lab.cards import gpu_count, worker_counts
 from tether.lab.launch import Running, UpSettings, launch, running, settled
 from tether.lab.operations import Operations
 from tether.lab.replicating import OnReplica, Replica
@@ -88,8 +88,20 @@ class Lab:
     arollback = _awaited(Operations.rollback)
     serve = _waiting(Operations.serve)
     aserve = _awaited(Operations.serve)
+    explain = _waiting(Operations.explain)
+    aexplain = _awaited(Operations.explain)
     reset_serving = _waiting(Operations.reset_serving)
     areset_serving = _awaited(Operations.reset_serving)
+    rollout = _waiting(Operations.rollout)
+    arollout = _awaited(Operations.rollout)
+    abort_rollout = _waiting(Operations.abort_rollout)
+    aabort_rollout = _awaited(Operations.abort_rollout)
+    drain = _waiting(Operations.drain)
+    adrain = _awaited(Operations.drain)
+    undrain = _waiting(Operations.undrain)
+    aundrain = _awaited(Operations.undrain)
+    restart = _waiting(Operations.restart)
+    arestart = _awaited(Operations.restart)
     verify = _waiting(Operations.verify)
     averify = _awaited(Operations.verify)
     diff = _waiting(Operations.diff)
@@ -308,7 +320,7 @@ def _close_all() -> None:
 
 
 def up(  # noqa: PLR0913 (all that can be said of a lab)
-    workers: int | None = None,
+    workers: int | tuple[int, int] | None = None,
     gateway: bool = True,
     *,
     data: str | os.PathLike[str] | None = None,
@@ -316,6 +328,7 @@ def up(  # noqa: PLR0913 (all that can be said of a lab)
     gpus: int | Literal["auto"] = 0,
     pretend_gpus: bool = False,
     region: str | None = None,
+    labels: Sequence[str] = (),
     swarm: bool = True,
     bootstrap: str | None = None,
     relay: bool = False,
@@ -324,24 +337,28 @@ def up(  # noqa: PLR0913 (all that can be said of a lab)
     """Start a lab on this machine: scheduler, workers, model manager and gateway. It ends with this process, or when it is closed.
 
     Where a lab already runs on the data folder (`data`, else `TETHER_HOME`, else the platform's), or is being started there, it attaches to
-    that one and says so. `workers`: two, or one for each GPU, if not said. `gpus="auto"`: all of this machine that this process may use.
-    `region`: where the lab is, as other labs are told ("eu-west"), from now on; `TETHER_REGION` says it, too. `swarm=False`: no other lab
-    is spoken with; `bootstrap`: nodes by which the swarm is entered, `host:port,…`, in place of those of `TETHER_BOOTSTRAP`, else
-    Hyperswarm's public ones. `relay=True`: labs that this one knows may go through it where they can't reach each other, which is of use
-    where the address is public; `relay_through`: address of a lab that does that, in place of `TETHER_RELAY_THROUGH`, else of those known
-    here that say that they relay.
+    that one and says so. `workers`: two, or one for each GPU, if not said; `(1, 4)`: from one to four, as requests need. `gpus="auto"`: all
+    of this machine that this process may use.
+    `region`: where the lab is, as other labs are told ("eu-west"), from now on; `TETHER_REGION` says it, too. `labels`: what its workers
+    have, as "gpu=a100", for models that need it. `swarm=False`: no other lab is spoken with; `bootstrap`: nodes by which the swarm is
+    entered, `host:port,…`, in place of those of `TETHER_BOOTSTRAP`, else Hyperswarm's public ones. `relay=True`: labs that this one knows
+    may go through it where they can't reach each other, which is of use where the address is public; `relay_through`: address of a lab
+    that does that, in place of `TETHER_RELAY_THROUGH`, else of those known here that say that they relay.
 
     Raises: PortBusyError: `port` was asked for and is taken; StartFailedError: a service did not come up; ConfigError.
     """
     folder, count = DataFolder.locate(data), gpu_count(gpus)
+    fewest, most = worker_counts(workers, count)
     settings = UpSettings(
         folder,
-        workers=worker_count(workers, count),
+        workers=fewest,
+        most_workers=most,
         gateway=gateway,
         port=port,
         gpus=count,
         pretend_gpus=pretend_gpus,
         region=region,
+        labels=labels,
         swarm=swarm,
         bootstrap=bootstrap,
         relay=relay,

@@ -326,6 +326,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     state: str = ""
     since: float = 0.0
     restarts: int = 0
+    error: str = ""
+    """How the process before this one ended; "": this is the first one."""
 
     def __repr__(self) -> str:
         return f"<Service {self.name}: {self.state or 'unknown'}>"

@@ -42,7 +42,9 @@ from tether.lab.objects import (
     WorkerInfo,
     described,
 )
+from tether.lab.placing import Placement
 from tether.lab.replicating import Replicating
+from tether.lab.rolling import Rolling
 from tether.lab.tensors import named_arrays, to_npz
 from tether.lab.watching import EventSource, Watching
 from tether.lab.weights import open_weights
@@ -72,7 +74,7 @@ class _Known:
     """That answered the last request; another one may have other inputs."""
 
 
-class Operations(Admitting, Replicating, Copying, Lending, Watching):
+class Operations(Admitting, Replicating, Copying, Lending, Rolling, Watching):
     """A lab behind a gateway, or elsewhere in the swarm. Every call raises the errors of the tree, as its client has them."""
 
     def __init__(self, client: LabClient | None) -> None:
@@ -104,6 +106,10 @@ class Operations(Admitting, Replicating, Copying, Lending, Watching):
     @property
     def _lender(self) -> ports.Lending:
         return self.client.lending
+
+    @property
+    def _roller(self) -> ports.Rolling:
+        return self.client.rolling
 
     @property
     def _teller(self) -> EventSource:
@@ -294,6 +300,10 @@ class Operations(Admitting, Replicating, Copying, Lending, Watching):
         for setting, value in settings.items():
             DEFAULTS.amended({setting: value})  # JSON would make a null of what is no number, and so take it back
         return described(_Served, await self.client.set_serving(_url_name(ModelRef.parse(name)), settings)).serving
+
+    async def explain(self, name: str) -> Placement:
+        """Where each version of a model is and why there, and of every other worker, why not. Raises: UnknownModelError."""
+        return described(Placement, await self.client.explain(_url_name(ModelRef.parse(name))))
 
     async def reset_serving(self, name: str) -> None:
         """Serve a model as if nothing had been said of it."""

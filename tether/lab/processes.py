@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from tether.errors import StartFailedError
+from tether.lab.nursery import Birth, Child, Nursery
 from tether.telemetry.service import LIFELINE_ENV, READY_ENV
 
 __all__ = ["Process", "ServiceSpec"]
@@ -32,6 +33,8 @@ No longer than a second: what is killed again and again must be back at once eac
 _STEADY = 30.0
 _FIRST_TRIES = 3
 """Deaths before the first ready line that end the whole start."""
+_WORDS = 300
+"""Characters of the last line that a service said."""
 _REAP = 5.0
 """Seconds for a killed process to be gone."""
 
@@ -55,15 +58,17 @@ class ServiceSpec:
 class Process:
     """Keeps one service running until `stop`."""
 
-    def __init__(self, spec: ServiceSpec, log_path: Path, lifeline: int, on_change: Callable[[], None]) -> None:
-        self.spec, self.log_path = spec, log_path
+    def __init__(self, spec: ServiceSpec, log_path: Path, lifeline: int, on_change: Callable[[], None], nursery: Nursery) -> None:
+        self.spec, self.log_path, self._nursery = spec, log_path, nursery
         self.state: Literal["starting", "running", "restarting", "stopped"] = "starting"
         self.since = time.time()
         self.restarts = 0
+        self.error = ""
+        """How the process before this one ended; "": there was none."""
         self.facts: dict[str, Any] = {}
         """What the service said of itself: its address."""
         self._lifeline, self._on_change = lifeline, on_change
-        self._child: asyncio.subprocess.Process | None = None
+        self._child: asyncio.subprocess.Process | Child | None = None
         self._ready = asyncio.Event()
         self._stopping = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -113,6 +118,7 @@ class Process:
             if not self._ready.is_set() and deaths >= _FIRST_TRIES:
                 break
             self.restarts += 1
+            self.error = self._end()
             self._change("restarting")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _BACKOFF[min(deaths, len(_BACKOFF) - 1)])
@@ -139,8 +145,13 @@ class Process:
                 listening.cancel()
                 await asyncio.gather(listening, return_exceptions=True)
 
-    async def _spawned(self, ready: int) -> asyncio.subprocess.Process:
+    async def _spawned(self, ready: int) -> asyncio.subprocess.Process | Child:
+        environ = {**self.spec.environ, READY_ENV: str(ready), LIFELINE_ENV: str(self._lifeline), "PYTHONUNBUFFERED": "1"}
+        descriptors = (ready, self._lifeline, *self.spec.inherit)
         with _opened(self.log_path) as log_file:
+            targets = {1: log_file.fileno(), 2: log_file.fileno()} | {number: number for number in descriptors}
+            if (child := await self._nursery.born(Birth(self.spec.arguments, environ, targets))) is not None:
+                return child
             return await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -149,8 +160,8 @@ class Process:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
-                env=os.environ | self.spec.environ | {READY_ENV: str(ready), LIFELINE_ENV: str(self._lifeline), "PYTHONUNBUFFERED": "1"},
-                pass_fds=(ready, self._lifeline, *self.spec.inherit),
+                env=os.environ | environ,
+                pass_fds=descriptors,
                 start_new_session=True,  # Ctrl-C in a terminal goes to the supervisor alone, which ends them in order
             )
 
@@ -189,6 +200,19 @@ class Process:
         if self._child is not None and self._child.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._child.send_signal(number)
+
+    def _end(self) -> str:
+        """How the process ended that nobody told to; of one that was forked only its log can tell."""
+        code = self._child.returncode if self._child is not None else None
+        if code is not None and code < 0:
+            return f"ended by {signal.Signals(-code).name}"
+        return f"{'could not be started' if code is None else 'ended'}; its last words: {self._last_words()}"
+
+    def _last_words(self) -> str:
+        last = "".join(self._log_tail().splitlines()[-1:])
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # no line of ours
+            last = json.loads(last)["message"]
+        return last[:_WORDS] or "none"
 
     def _log_tail(self) -> str:
         try:

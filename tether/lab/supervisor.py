@@ -15,7 +15,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,10 @@ from tether._version import __version__
 from tether.config import CARDS_ENV, GATEWAY_PORT, MANAGER_PORT, ORCHESTRATOR_PORT, DataFolder, bootstrap_nodes, lab_region, worker_ports
 from tether.errors import ConfigError, LabRunningError, StartFailedError
 from tether.lab.cards import check_cards, machine_cards, share
+from tether.lab.nursery import Nursery
 from tether.lab.ports import CHOOSING, PortPicker, bind_exactly, claimed
 from tether.lab.processes import Process, ServiceSpec
+from tether.lab.scaling import scaled
 from tether.manager.locks import is_locked
 from tether.manager.settings import relay_keys
 from tether.security.addresses import Address
@@ -74,6 +76,15 @@ class UpSettings:
     """Whether labs that this one knows may go through it to each other."""
     relay_through: str | None = None
     """Labs to go through where no direct way is found, by address; None: as `TETHER_RELAY_THROUGH` says, else known ones that relay."""
+    labels: Sequence[str] = ()
+    """Of its workers, as `gpu=a100`, for models that need them."""
+    most_workers: int | None = None
+    """That there may be: `workers` are the fewest then, and requests make it more. None: no more than those."""
+
+    @property
+    def most(self) -> int:
+        """Workers that this machine is shared by, when all are there."""
+        return self.workers if self.most_workers is None else self.most_workers
 
 
 @contextmanager
@@ -121,7 +132,10 @@ class Supervisor:
     def __init__(self, settings: UpSettings) -> None:
         self._settings, self._data = settings, settings.data
         self._picker = PortPicker(settings.host, settings.data.runtime.parent)
+        self._nursery = Nursery(settings.data.logs / "supervisor.log", settings.data.root)
         self._processes: list[Process] = []
+        self._resting: list[ServiceSpec] = []
+        """Workers that may be added."""
         self._started = time.time()
         self._gateway: socket.socket | None = None
         self._address: str | None = None
@@ -139,6 +153,11 @@ class Supervisor:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
+    def orchestrator(self) -> str:
+        """Its address, once it answers."""
+        return str(next(process.facts["address"] for process in self._processes if process.spec.role == "orchestrator"))
+
+    @property
     def notes(self) -> list[str]:
         """What differs from the default, for people."""
         return self._picker.notes
@@ -148,18 +167,43 @@ class Supervisor:
 
         Raises: StartFailedError, PortBusyError, ConfigError.
         """
+        self._nursery.open()
         for role in ROLES:
             ensure_tls(self._data.tls, role)
         ensure_api_key(self._data.api_key)
         self._address = str(Address(Identity.load_or_create(self._data.identity).public))
-        for spec in self._specs():
-            process = Process(spec, self._data.logs / f"{spec.name}.log", self._lifeline, self._write_state)
-            self._processes.append(process)
-            process.start()
+        specs = self._specs()
+        self._resting = [spec for spec in specs if spec.role == "worker"][self._settings.workers :]
+        for spec in specs:
+            if spec not in self._resting:
+                self._begin(spec)
         async with asyncio.TaskGroup() as group:
             for process in self._processes:
                 group.create_task(process.ready())
         self._complete = True
+        self._write_state()
+
+    def _begin(self, spec: ServiceSpec) -> None:
+        process = Process(spec, self._data.logs / f"{spec.name}.log", self._lifeline, self._write_state, self._nursery)
+        self._processes.append(process)
+        process.start()
+
+    def workers(self) -> dict[str, bool]:
+        """Name of each worker that is kept, and whether it answers."""
+        return {process.spec.name: process.state == "running" for process in self._processes if process.spec.role == "worker"}
+
+    def add_workers(self, count: int) -> None:
+        """Start so many more, as far as there are."""
+        for spec in self._resting[: 0 if self._ending else max(count, 0)]:
+            self._resting.remove(spec)
+            self._begin(spec)
+
+    async def end_workers(self, names: Collection[str]) -> None:
+        """Have these take no more part, until they are added again."""
+        going = [process for process in self._processes if process.spec.name in names]
+        await asyncio.gather(*(process.stop(_STOP_GRACE) for process in going))
+        self._processes = [process for process in self._processes if process not in going]
+        self._resting += [process.spec for process in going]
         self._write_state()
 
     def lateness(self) -> StartFailedError:
@@ -181,18 +225,23 @@ class Supervisor:
             ServiceSpec("orchestrator", "orchestrator", ["orchestrator", *root, "--port", str(orchestrator)]),
             ServiceSpec("manager", "manager", ["manager", address, *root, "--port", str(manager), *self._swarm_options()]),
         ]
-        for index, wished in enumerate(worker_ports(settings.workers)):
+        for index, wished in enumerate(worker_ports(settings.most)):
             port = self._picker.free(f"worker-{index + 1}", wished)
             name = f"worker-{index + 1}"
-            cards = share(self._cards(), index, settings.workers)
+            cards = share(self._cards(), index, settings.most)
             options = ["--name", name, "--port", str(port), "--gpus", str(len(cards))]
-            options += ["--workers-here", str(settings.workers)]
+            options += ["--workers-here", str(settings.most), *self._site_options()]
             environ = {CARDS_ENV: "" if settings.pretend_gpus else ",".join(cards)} if machine_cards() else {}
             specs.append(ServiceSpec(name, "worker", ["worker", address, *root, *options], environ=environ))
         if self._gateway is not None:
             descriptor = self._gateway.fileno()
             specs.append(ServiceSpec("gateway", "gateway", ["gateway", address, *root, "--fd", str(descriptor)], (descriptor,)))
         return specs
+
+    def _site_options(self) -> list[str]:
+        """Of workers, for those who choose where models run."""
+        region = [] if self._settings.region is None else ["--region", self._settings.region]
+        return region + [option for label in self._settings.labels for option in ("--label", label)]
 
     def _swarm_options(self) -> list[str]:
         """For the manager: whom it may speak with, where it says that the lab is, and which gateway runs models for others."""
@@ -213,6 +262,7 @@ class Supervisor:
     async def stop(self) -> None:
         """End the services in order, each within its time, whatever one of them does; then nothing of theirs is left but the data."""
         self._ending = True
+        self._nursery.close()
         for role in _STOP_ORDER:
             ending = [process.stop(_STOP_GRACE) for process in self._processes if process.spec.role == role]
             for error in await asyncio.gather(*ending, return_exceptions=True):
@@ -246,6 +296,7 @@ class Supervisor:
                     "state": process.state,
                     "since": process.since,
                     "restarts": process.restarts,
+                    "error": process.error,
                 }
                 for process in self._processes
             ],
@@ -299,7 +350,8 @@ async def _live(settings: UpSettings, announce: Any) -> None:
         _raise_first(starting)
         announce(supervisor)
         life.ready(**supervisor.description())
-        await ended
+        async with scaled(supervisor, settings.data, supervisor.orchestrator, settings.workers, settings.most_workers):
+            await ended
     finally:
         await supervisor.stop()
 
@@ -334,5 +386,7 @@ def _check(settings: UpSettings) -> None:
     lab_region(settings.region or "")
     if settings.workers < 0:
         raise ConfigError(f"{settings.workers} workers: give a number from 0 on; with 0, only workers that other labs lend run models")
+    if settings.most < max(settings.workers, 1 if settings.most_workers is not None else 0):
+        raise ConfigError(f"{settings.workers} to {settings.most} workers: give the fewest first, as 1..4")
     if not settings.pretend_gpus:
-        check_cards(settings.gpus, settings.workers)
+        check_cards(settings.gpus, settings.most)

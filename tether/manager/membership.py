@@ -20,8 +20,9 @@ from tether.events import Claim, LentWorker, Standing
 from tether.manager import secrets, small_files
 from tether.manager.feed import Changes, Followers
 from tether.manager.following import Channel, Follower, Lab
-from tether.manager.tenure import Tenure, boot_clock
+from tether.manager.tenure import Tenure
 from tether.store import Repository
+from tether.telemetry.clock import boot_clock
 
 __all__ = ["Membership", "Signal"]
 

@@ -7,20 +7,14 @@ does. Unbound, nobody can take its place, and it need not stop when the orchestr
 from __future__ import annotations
 
 import math
-import time
 
 from tether.errors import NotWriterError
 from tether.events import Claim, Standing
 
-__all__ = ["MARGIN", "Tenure", "boot_clock"]
+__all__ = ["MARGIN", "Tenure"]
 
 MARGIN = 1.0
 """Seconds that the lease is over here before it is there: two clocks need not run equally fast."""
-
-
-def boot_clock() -> float:
-    """Seconds that go on while the host sleeps: `time.monotonic` stands still then, and a lease would seem to be young."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Tenure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import assert_never
 
 from msgspec import structs
@@ -30,6 +30,8 @@ class Isolation:
         """Endpoints whose worker was told that the version there is isolated."""
         self._poison: dict[ModelVersion, dict[str, float]] = {}
         """Marks, and until when."""
+        self._told: dict[ModelVersion, tuple[bool, dict[str, float]]] = {}
+        """Whether it is isolated, and its marks: as gateways are told."""
         self._is_new = False
         """Whether something came that was not settled."""
 
@@ -52,32 +54,28 @@ class Isolation:
             case _:
                 assert_never(event)
 
-    def settle(self, published: Collection[ModelVersion], now: float) -> None:
-        """What is over is forgotten, so is what is published no more."""
-        self._is_new = False
+    def settle(self, published: Collection[ModelVersion], now: float) -> set[ModelVersion]:
+        """What is over is forgotten, so is what is published no more. The versions of which gateways are to be told something else now."""
+        self._is_new, before = False, self._told
         self._isolated = {model: until for model, until in self._isolated.items() if now < until and model in published}
         poison = self._quarantine.condemned(now)
         self._quarantine.forget(model for model in poison if model not in published)
         self._poison = {model: marks for model, marks in poison.items() if model in published}
+        self._told = after = {model: (model in self._isolated, self._poison.get(model, {})) for model in (*self._isolated, *self._poison)}
+        return {model for model in before.keys() | after.keys() if before.get(model) != after.get(model)}
 
-    def moves(self, workers: Iterable[KnownWorker]) -> list[tuple[KnownWorker, ModelVersion]]:
-        """Which of the lab's own workers are to be told, of which version; each once."""
+    def moves(self, having: Callable[[ModelVersion], Iterable[KnownWorker]]) -> list[tuple[KnownWorker, ModelVersion]]:
+        """Which of the lab's own workers are to be told, of which version; each once. `having`: those that have a version in memory."""
         if not self._isolated:
             return []
-        due = [
-            (worker, model, endpoint)
-            for worker in workers
-            if worker.lent is None
-            for model, endpoint in worker.loaded.items()
-            if model in self._isolated
-        ]
+        due = [(worker, model, worker.loaded[model]) for model in self._isolated for worker in having(model) if worker.lent is None]
         found = [(worker, model) for worker, model, endpoint in due if endpoint not in self._moved]
         self._moved = {endpoint for _, _, endpoint in due}
         return found
 
     def entry(self, version: VersionEntry) -> VersionEntry:
         """As gateways are told of it."""
-        model = version.model
-        if model not in self._isolated and model not in self._poison:
+        if version.model not in self._told:
             return version
-        return structs.replace(version, poison=self._poison.get(model, {}), is_isolated=model in self._isolated)
+        is_isolated, marks = self._told[version.model]
+        return structs.replace(version, poison=marks, is_isolated=is_isolated)

@@ -6,17 +6,18 @@ The handlers that it adds to the scheduler are in the README. Messages carry msg
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import structlog
 from distributed import Scheduler, SchedulerPlugin
 from distributed.comm import Comm, CommClosedError
-from distributed.core import Status
+from distributed.core import Status, connect
 
 from tether.errors import InternalError
 from tether.events import (
@@ -25,6 +26,8 @@ from tether.events import (
     Claim,
     Event,
     Evicting,
+    GatewayLoad,
+    Holding,
     InputCondemned,
     LentChanged,
     LentWorker,
@@ -37,14 +40,23 @@ from tether.events import (
     Tick,
     Unloaded,
     VersionIsolated,
+    WorkerBack,
     WorkerJoined,
     WorkerLeft,
+    WorkerSilent,
 )
+from tether.orchestrator.health import LIMIT
 from tether.orchestrator.lease import Lease, Record
 from tether.orchestrator.memory import Memory
-from tether.orchestrator.state import Configure, ControlState, Instruction, Isolate, Load, Push, Unload
+from tether.orchestrator.news import News
+from tether.orchestrator.pinging import Line, Pinger
+from tether.orchestrator.resizing import Resizing
+from tether.orchestrator.rolling import Rolling
+from tether.orchestrator.scaling import Batch
+from tether.orchestrator.state import Configure, ControlState, EndRollout, Instruction, Isolate, Load, Push, Unload
 from tether.serving_settings import DEFAULTS
-from tether.types import ModelVersion, WorkerId, WorkerMemory
+from tether.telemetry.clock import steady_time
+from tether.types import ModelVersion, WorkerId, WorkerMemory, WorkerSite
 
 __all__ = ["OrchestratorPlugin"]
 
@@ -52,6 +64,12 @@ log = structlog.get_logger("tether.orchestrator")
 Catalog = dict[str, CatalogModel]
 _TICK = 2.0
 """Seconds between looks for versions that may be tried again; only while there are some."""
+_RETURN = 6.0
+"""Seconds in which workers come back that went on without an orchestrator; mostly in less than one."""
+_LOOK = 0.5
+"""The same, for rollouts and drains that go on."""
+_CLAIM = 5.0
+"""Seconds to wait for a manager's claim, which it makes each second: one that is stopped would be asked as if it were there."""
 _TRIES = 5
 """Connections that may fail before a worker that stays is left with settings of before."""
 
@@ -64,50 +82,73 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
 
     def __init__(self, copies: int = 2, memory: Memory | None = None) -> None:
         """`memory`: where the lease is remembered; None: there never was one."""
-        self._state = ControlState(copies)
+        self._state = ControlState(copies, time.time_ns())
         self._memory = memory
         self._kept = memory.read() if memory else None
         self._lease = Lease(self._kept, _boot_clock())
         self._told: tuple[int, int, int] = (0, 0, 0)
         """Connection, term and stream of who told the catalog last."""
+        self._news = News()
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking = False
+        self._watching = 0
+        """Gateways that follow the table."""
         self._configuring: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """By worker's address: held while it is told of settings."""
         self._streams = itertools.count(1)
+        self._pinger = Pinger(
+            self._line, lambda address: self._handle(WorkerSilent(address)), lambda address: self._handle(WorkerBack(address))
+        )
 
     async def start(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+        self._scheduler, self._begun = scheduler, asyncio.get_running_loop().time()
+        self._resizing = Resizing(self._state.overview.staff, self._spent, self._batch, self._handle)
         scheduler.handlers |= {
             "tether_watch": self._watch,
             "tether_want": self._want,
             "tether_evicting": self._evicting,
             "tether_quarantine": self._quarantine,
             "tether_forgive": self._forgive,
+            "tether_load": self._take_load,
+            "tether_explain": self._explain,
+            "tether_workers_wanted": self._resizing.wanted,
+            "tether_workers_leaving": self._resizing.leaving,
             "tether_manager": self._follow_manager,
             "tether_table": self._table,
             "tether_means": self._means,
             "tether_vitals": self._vitals,
         }
+        self._rolling = Rolling(self._state, self._handle, scheduler.rpc, self._changed, lambda: self._watching > 0)
+        scheduler.handlers |= self._rolling.handlers()
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """Not a coroutine: the scheduler awaits those before it answers the worker, which serves nothing until then."""
         state = scheduler.workers[worker]
         gpus = int(state.resources.get("GPU", 0))
-        self._handle(WorkerJoined(WorkerId(str(state.name)), worker, state.pid, gpus, _memory(state.metrics.get("tether_memory"))))
+        memory, holdings = _memory(state.metrics.get("tether_memory")), _holdings(state.extra)
+        site = msgspec.convert(state.extra.get("tether_site", {}), WorkerSite)
+        self._handle(WorkerJoined(WorkerId(str(state.name)), worker, state.pid, gpus, memory, site, holdings))
+        self._pinger.add(worker)
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002 (Dask's signature)
-        self._handle(WorkerLeft(worker))
+        self._pinger.remove(worker)
+        self._handle(WorkerLeft(worker, for_good=self._resizing.sent_away(worker)))
+
+    def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[Any]) -> list[Any]:  # noqa: ARG002 (Dask's signature)
+        """Those that Dask's own `Adaptive` may end: nothing would be missed, and nothing ran there lately."""
+        may_go = self._resizing.may_go()
+        return [worker for worker in workers if str(worker.name) in may_go and not worker.metrics.get("tether_means", {}).get("busy")]
 
     async def before_close(self) -> None:
+        await self._pinger.aclose()
         for task in self._tasks:
             task.cancel()
 
     def _handle(self, event: Event) -> None:
-        for instruction in self._state.handle(event, time.time()):
+        for instruction in self._state.handle(event, steady_time()):
             self._carry_out(instruction)
-        if self._state.unsettled and not self._ticking:
+        if not self._ticking and (self._state.unsettled or self._state.is_changing):
             self._ticking = True
             self._spawn(self._tick())
 
@@ -121,7 +162,10 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
                 self._spawn(self._isolate(instruction))
             case Configure():
                 self._spawn(self._configure(instruction))
-            case Push():
+            case EndRollout():
+                self._spawn(self._rolling.end(instruction))
+            case Push(_, change):
+                self._news.add(change)
                 self._spawn(self._notify())
 
     def _spawn(self, work: Any) -> None:
@@ -129,10 +173,14 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _line(self, address: str) -> Line:
+        line: Line = await connect(address, timeout=LIMIT, **self._scheduler.connection_args)
+        return line
+
     async def _tick(self) -> None:
         try:
-            while self._state.unsettled:
-                await asyncio.sleep(_TICK)
+            while self._state.unsettled or self._state.is_changing:
+                await asyncio.sleep(_LOOK if self._state.is_changing else _TICK)
                 self._handle(Tick())
         finally:
             self._ticking = False
@@ -145,7 +193,7 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         try:
             answer = await self._asked(load)
             if "endpoint" in answer:
-                return Loaded(address, pid, model, answer["endpoint"], _memory(answer.get("memory")))
+                return Loaded(address, pid, model, answer["endpoint"], _memory(answer.get("memory")), answer.get("seconds", 0.0))
             code, message = answer["error"]
         except OSError as error:
             log.warning("load cut off", worker=address, model=str(model), error=str(error))
@@ -218,29 +266,54 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         loaded = {version.model.digest for version in versions if any(route.slots is None for route in version.routes)}
         return {"workers": workers, "loaded": sorted(loaded)}
 
+    def _batch(self) -> Batch:
+        """Tasks that the scheduler has."""
+        scheduler = self._scheduler
+        busy = [worker for worker in scheduler.workers.values() if worker.processing]
+        waiting = len(scheduler.queued) + len(scheduler.unrunnable)
+        return Batch(
+            {str(worker.name) for worker in busy}, sum(len(worker.processing) for worker in busy), waiting, scheduler.total_occupancy
+        )
+
+    def _spent(self) -> dict[str, float]:
+        """By process of a worker, seconds inside runtimes, as its last heartbeat told."""
+        return {
+            f"{worker.name} {worker.pid}": sum(model["busy"] for model in worker.metrics.get("tether", {}).values())
+            for worker in self._scheduler.workers.values()
+        }
+
     async def _vitals(self) -> dict[str, Any]:
         """By worker, what it uses of its machine and what its models did, as its last heartbeat told."""
         return {str(worker.name): _vitals_of(worker.metrics) for worker in self._scheduler.workers.values()}
 
-    async def _watch(self, comm: Comm) -> Status:
-        """Send the table now and after every change until the gateway goes away.
+    async def _watch(self, comm: Comm, workers: Sequence[str] = ()) -> Status:
+        """Send the table, and then what changes, until the gateway goes away; after each message it says what it has (None: nothing).
 
-        Not before a manager has told of its catalog: a gateway's last table is better than an empty one of a new orchestrator.
+        `workers`: that were there by its last table, which is better than one of a new orchestrator to which they, or a manager with its
+        catalog, have not come back yet.
         """
-        sent = -1
+        has: int | None = None
+        self._watching += 1
         try:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._state.informed)
+            await self._gathered(workers)
             while True:
-                table = self._state.table
-                if table.seq != sent:
-                    sent = table.seq
-                    await comm.write({"table": msgspec.msgpack.encode(table)})
+                await comm.write(self._news.since(has, self._state.table))
+                has = (await comm.read())["has"]
                 async with self._changed:
-                    if self._state.table.seq == sent:
+                    while self._state.table.seq == has:
                         await self._changed.wait()
         except CommClosedError:
             return Status.dont_reply
+        finally:
+            self._watching -= 1
+
+    async def _gathered(self, workers: Sequence[str]) -> None:
+        """Wait until all of them are there; not longer than `_RETURN` after the start."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._begun + _RETURN), self._changed:
+                await self._changed.wait_for(lambda: all(worker in self._scheduler.aliases for worker in workers))
 
     async def _want(self, model: bytes) -> dict[str, Any]:
         """A gateway needs a version; the answer is its state after placement."""
@@ -268,6 +341,16 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
         self._handle(QuarantineCleared(model))
         return {}
 
+    async def _take_load(self, load: bytes) -> dict[str, Any]:
+        """What a gateway saw of each version in the last second."""
+        seen = msgspec.msgpack.decode(load, type=GatewayLoad)
+        self._resizing.hear(seen, steady_time())
+        self._handle(seen)
+        return {}
+
+    async def _explain(self, model: str) -> dict[str, Any]:
+        return {"versions": self._state.overview.explain(self._state.table, model, steady_time())}
+
     async def _follow_manager(self, comm: Comm, claim: bytes, **first: Any) -> Status:
         """Answer a manager's claims, and take in the catalog and the lent workers of the one that writes, until it goes away."""
         connection, told = next(self._streams), Claim("", "")
@@ -283,12 +366,16 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
                 if "lent" in message:
                     self._take_lent(connection, message["lent"])
                 await comm.write({"standing": msgspec.msgpack.encode(self._lease.standing())})
-                message = await comm.read()
+                async with asyncio.timeout(_CLAIM):
+                    message = await comm.read()
+        except TimeoutError:
+            log.warning("manager silent", manager=told.address)
+            return Status.dont_reply
         except CommClosedError:
             return Status.dont_reply
         finally:
             self._leave(told, connection)
-            comm.abort()  # after a message that made no sense the manager connects again
+            comm.abort()  # after a silence, or a message that made no sense, the manager connects again
 
     def _take_claim(self, claim: Claim, connection: int) -> None:
         before = self._lease.record
@@ -332,6 +419,12 @@ def _memory(told: Any) -> WorkerMemory | None:
     if told is None:
         return None
     return msgspec.msgpack.decode(told, type=WorkerMemory) if isinstance(told, bytes) else msgspec.convert(told, WorkerMemory)
+
+
+def _holdings(told: Mapping[str, Any]) -> tuple[Holding, ...]:
+    """What a worker said at its registration that it has in memory."""
+    holdings = told.get("tether_holdings")
+    return () if holdings is None else msgspec.msgpack.decode(holdings, type=tuple[Holding, ...])
 
 
 def _vitals_of(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Literal
 
 from msgspec import structs
 
 from tether.errors import UnsupportedError
-from tether.events import LentWorker
+from tether.events import Holding, LentWorker
 from tether.orchestrator.placement import Candidate
 from tether.routing.table import Route, WorkerEntry
 from tether.security.scopes import Scope
 from tether.serving_settings import ServingSettings
-from tether.types import ModelVersion, WorkerId, WorkerMemory
+from tether.types import ModelVersion, WorkerId, WorkerMemory, WorkerSite
 
-__all__ = ["RETRY_AFTER", "KnownWorker", "lent_worker"]
+__all__ = ["RETRY_AFTER", "KnownWorker", "Standing", "lent_worker"]
+
+Standing = Literal["running", "silent", "draining", "drained"]
 
 RETRY_AFTER = 5.0
 """Seconds before a worker that failed to load a version is asked again: a wrong file stays wrong, a full memory may empty."""
@@ -34,8 +39,9 @@ class _Failure:
     """In a row, since it was last asked for by a request."""
     reason: str
 
-    def over(self, now: float) -> bool:
-        return now - self.at >= min(RETRY_AFTER * (1 << self.tries - 1), RETRY_AT_MOST)
+    @property
+    def until(self) -> float:
+        return self.at + min(RETRY_AFTER * (1 << self.tries - 1), RETRY_AT_MOST)
 
 
 @dataclass(slots=True)
@@ -50,8 +56,13 @@ class KnownWorker:
     gpus: int
     since: float
     lent: LentWorker | None = None
+    site: WorkerSite = field(default_factory=WorkerSite)
+    state: Standing = "running"
+    """Routes lead only to one that is running; any other counts for placement as if it were not there."""
     loaded: dict[ModelVersion, str] = field(default_factory=dict)
     """Version → endpoint."""
+    took: dict[ModelVersion, float] = field(default_factory=dict)
+    """Seconds of each version's last load, where it told them; kept as long as the worker."""
     loading: set[ModelVersion] = field(default_factory=set)
     serving: dict[ModelVersion, ServingSettings] = field(default_factory=dict)
     """How it was told to serve what it has, or loads."""
@@ -64,6 +75,26 @@ class KnownWorker:
     """What it put out since nobody had asked for it: it gets that again when it is asked for, not as a further copy."""
     withdrawn: dict[ModelVersion, str] = field(default_factory=dict)
     """Endpoints of loads that it put out before their answer came."""
+    leaving: set[ModelVersion] = field(default_factory=set)
+    """What it was told to free, since it is drained, and has not freed yet."""
+    order: int = 0
+    """When it came, among the others: routes are in this order."""
+    _blank: tuple[Candidate, Candidate, float, float] | None = field(default=None, compare=False)
+    """As placement sees it from a version that it does not know, without and with room for it; until when it is pressed; its room."""
+
+    @property
+    def known(self) -> Iterator[ModelVersion]:
+        """The versions that it has something to do with, some more than once."""
+        return chain(self.loaded, self.loading, self.failed, self.rested)
+
+    def knows(self, model: ModelVersion) -> bool:
+        """Whether it has something to do with the version: has it, loads it, failed to, or put it out."""
+        return model in self.loaded or model in self.loading or model in self.failed or model in self.rested
+
+    @property
+    def pressed_until(self) -> float:
+        """From when it gets further copies again, as far as the room is concerned."""
+        return self.evicted_at + PRESSED
 
     def runs(self, model: ModelVersion) -> bool:
         """Whether it may be asked for the version at all: a lab lends its workers for the models that it says, and of this lab's own."""
@@ -93,44 +124,84 @@ class KnownWorker:
         elif model in self.loading:
             self.withdrawn[model] = endpoint
 
-    def has_loaded(self, model: ModelVersion, endpoint: str) -> None:
+    def hold(self, holdings: Iterable[Holding]) -> None:
+        """It has these in memory, from before it came."""
+        self.loaded |= {each.model: each.endpoint for each in holdings}
+        self.serving |= {each.model: each.serving for each in holdings}
+
+    def has_loaded(self, model: ModelVersion, endpoint: str, seconds: float) -> None:
         """It answers there, if it has not put it out meanwhile."""
         self.loading.discard(model)
         self.failed.pop(model, None)
         if self.withdrawn.pop(model, None) != endpoint:
             self.loaded[model] = endpoint
+            self.took[model] = seconds
 
-    def nbytes(self, model: ModelVersion) -> int:
-        """That it takes there; 0: it is not known."""
-        return self.memory.models.get(str(model), 0) if self.memory is not None else 0
+    def forget(self, model: ModelVersion) -> None:
+        """The version is published no more: what it did with it is of no interest, but for what it has or loads."""
+        self.failed.pop(model, None)
+        self.rested.discard(model)
 
-    def _is_roomy(self, nbytes: int, now: float) -> bool:
+    @property
+    def room(self) -> float:
+        """Bytes that are left for models; infinite where that is not bounded, or not known."""
         free = self.memory.free if self.memory is not None else None
-        return now - self.evicted_at >= PRESSED and (free is None or free >= nbytes)
+        return math.inf if free is None else free
+
+    def is_roomy(self, nbytes: int, now: float) -> bool:
+        """Whether it has room for a model of that size, and put none out lately. 0: the size is not known."""
+        return now >= self.pressed_until and self.room >= nbytes
+
+    def may_be_asked(self, model: ModelVersion, now: float) -> bool:
+        """Whether nothing that it did speaks against asking it for the version now."""
+        failure = self.failed.get(model)
+        return (failure is None or now >= failure.until) and model not in self.rested
 
     def candidate(self, model: ModelVersion, now: float, nbytes: int = 0) -> Candidate:
         """As placement sees it. `nbytes`: that the model takes elsewhere; 0: it is not known."""
-        failure = self.failed.get(model)
-        return Candidate(
-            self.address,
+        return self._seen(
             loaded=model in self.loaded,
             loading=model in self.loading,
-            able=(failure is None or failure.over(now)) and model not in self.rested,
+            able=self.may_be_asked(model, now),
+            roomy=self.is_roomy(nbytes, now),
+        )
+
+    def blank(self, now: float, nbytes: int = 0) -> Candidate:
+        """As `candidate`, of a version that it does not know: made once, since of a thousand workers nearly all do not know it."""
+        made = self._blank
+        if made is None:
+            cramped, roomy = (self._seen(loaded=False, loading=False, able=True, roomy=each) for each in (False, True))
+            made = self._blank = cramped, roomy, self.pressed_until, self.room
+        cramped, roomy, pressed_until, room = made
+        return roomy if now >= pressed_until and room >= nbytes else cramped
+
+    def _seen(self, *, loaded: bool, loading: bool, able: bool, roomy: bool) -> Candidate:
+        return Candidate(
+            self.address,
+            loaded=loaded,
+            loading=loading,
+            able=able,
             models=len(self.loaded) + len(self.loading),
             lent=self.lent is not None,
             has_gpu=self.gpus > 0,
-            roomy=self._is_roomy(nbytes, now),
+            roomy=roomy,
+            host=self.address.rpartition(":")[0],
         )
+
+    def changed(self) -> None:
+        """What it has, loads, takes or is made of is another thing now: it is seen anew."""
+        self._blank = None
 
     def route(self, model: ModelVersion) -> Route:
         """To a version that it has loaded."""
-        return Route(self.id, self.loaded[model], None if self.lent is None else self.lent.slots)
+        slots = None if self.lent is None else self.lent.slots
+        return Route(self.id, self.loaded[model], slots, self.took.get(model, 0.0))
 
     def entry(self) -> WorkerEntry:
         """As gateways and people see it."""
-        entry = WorkerEntry(self.id, self.address, self.pid, "running", self.since, self.gpus, tuple(sorted(map(str, self.loaded))))
+        entry = WorkerEntry(self.id, self.address, self.pid, self.state, self.since, self.gpus, tuple(sorted(map(str, self.loaded))))
         if self.lent is None:
-            return structs.replace(entry, memory=self.memory)
+            return structs.replace(entry, memory=self.memory, site=self.site)
         lab = self.lent.peer
         return structs.replace(entry, address=f"swarm://{lab}", transport="swarm", slots=self.lent.slots, peer=lab)
 

@@ -1,21 +1,23 @@
-"""Pure: the only place where the control plane's state changes. `handle(event, now) -> instructions`; no loop, no clock, no I/O."""
+"""Pure: the only place where the control plane's state changes. `handle(event, now) -> instructions`; no loop, no clock, no I/O.
+
+Each event marks the versions and workers that it touches (`workforce.py`); only those are looked at again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
 from typing import assert_never
 
-from msgspec import structs
-
-from tether.errors import MemoryFullError, NoDeviceError
+from tether.errors import MemoryFullError
 from tether.events import (
     CatalogChanged,
-    CatalogModel,
+    DrainAsked,
     Event,
     Evicting,
     GatewayLoad,
     InputCondemned,
     LentChanged,
+    LentWorker,
     LoadCut,
     Loaded,
     LoadFailed,
@@ -25,327 +27,293 @@ from tether.events import (
     Tick,
     Unloaded,
     VersionIsolated,
+    WorkerBack,
     WorkerJoined,
     WorkerLeft,
+    WorkerSilent,
 )
+from tether.orchestrator.catalog import KnownCatalog
+from tether.orchestrator.demand import Demand
+from tether.orchestrator.draining import Draining
+from tether.orchestrator.entries import TableMaker
+from tether.orchestrator.instructions import Configure, EndRollout, Instruction, Isolate, Load, Push, Unload
 from tether.orchestrator.isolation import Isolation
-from tether.orchestrator.placement import Candidate, place
-from tether.orchestrator.registry import KnownWorker, lent_worker
-from tether.routing.table import ModelEntry, State, Table, VersionEntry, WorkerEntry
-from tether.serving_settings import DEFAULTS, ServingSettings
-from tether.types import ModelInfo, ModelVersion, WorkerId
+from tether.orchestrator.need import Need
+from tether.orchestrator.overview import Overview
+from tether.orchestrator.placing import Placing
+from tether.orchestrator.registry import KnownWorker
+from tether.orchestrator.rollout import Rollouts
+from tether.orchestrator.workforce import FORGET_AFTER, Workforce
+from tether.routing.table import Table, VersionEntry
+from tether.types import ModelVersion
 
-__all__ = ["Configure", "ControlState", "Instruction", "Isolate", "Load", "Push", "Unload"]
-
-FORGET_AFTER = 3600.0
-"""Seconds that a lost worker stays in the table, for people to see."""
-_NOWHERE = {
-    "gpu": "{0} is to run on a GPU and no worker has one: start one (`tether worker --gpus 1`), or `tether serving {0.name} --device any`",
-    "cpu": "{0} is to run without a GPU and all workers have one: start one without, or `tether serving {0.name} --device any`",
-}
-"""Why what may run on some workers only runs nowhere."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Tell the worker to load the version; what comes of it is `Loaded`, `LoadFailed` or `LoadCut`, with the same `address` and `pid`."""
-
-    address: str
-    """Of a lent worker: its id."""
-    pid: int
-    model: ModelVersion
-    manager: str | None = None
-    """Of a lent worker: the address of the manager that has the line to it."""
-    serving: ServingSettings = DEFAULTS
-    """A lent worker is not told: how it serves is its lab's matter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unload:
-    """Tell the worker to free the version; it answers with `Unloaded`. Fields as of `Load`."""
-
-    address: str
-    pid: int
-    model: ModelVersion
-    manager: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Isolate:
-    """Tell a worker of the lab to run the version in a process of its own, from now until it is unloaded. Nothing comes of it."""
-
-    address: str
-    model: ModelVersion
-
-
-@dataclass(frozen=True, slots=True)
-class Configure:
-    """Tell a worker of the lab to serve a version that it has like this from now on. It is told in the order in which this is said."""
-
-    address: str
-    pid: int
-    model: ModelVersion
-    serving: ServingSettings
-
-
-@dataclass(frozen=True, slots=True)
-class Push:
-    """Send the table to every gateway."""
-
-    table: Table
-
-
-Instruction = Load | Unload | Configure | Isolate | Push
+__all__ = ["FORGET_AFTER", "Configure", "ControlState", "EndRollout", "Instruction", "Isolate", "Load", "Push", "Unload"]
 
 
 class ControlState:
     """Workers, catalog and what is wanted; makes the table."""
 
-    def __init__(self, copies: int = 2) -> None:
-        self._copies = copies
-        self._workers: dict[str, KnownWorker] = {}
-        """By address, lent ones last, as in routes."""
-        self._lost: dict[WorkerId, WorkerEntry] = {}
-        self._catalog: dict[str, CatalogModel] = {}
-        self._count = 0
-        self.informed = False
-        """Whether a manager has told of its catalog since the start."""
-        self._manager: str | None = None
-        self._stream = 0
-        self._term = 0
-        self._wanted: set[ModelVersion] = set()
-        self._reasons: dict[ModelVersion, str] = {}
-        self._short: dict[ModelVersion, str] = {}
-        """What no room was found for when it was asked for last, and why."""
+    def __init__(self, copies: int = 2, epoch: int = 0) -> None:
+        """`epoch`: of the process, as of its tables."""
+        self._workforce = Workforce()
+        self._catalog = KnownCatalog()
+        self._demand = Demand()
+        self._need = Need()
+        self._placing = Placing(self._workforce, self._catalog, self._demand, self._need, copies)
+        self.overview = Overview(self._catalog, self._workforce, self._demand, self._need, copies)
         self._isolation = Isolation()
-        self._seq = 0
-        self.table = Table()
+        self._draining = Draining(self._workforce, self._demand, self._placing.may_run)
+        self._rollouts = Rollouts()
+        self._tables = TableMaker(self._catalog, self._workforce, self._demand, self._isolation, self._rollouts, epoch)
+        self._taken_back: set[ModelVersion] = set()
+        """Those that were, and that a worker still loads."""
+        self._renamed: set[str] = set()
+        """Models whose catalog entry is another one now."""
+        self._was_alone, self._kinds = True, self._workforce.kinds
+
+    @property
+    def table(self) -> Table:
+        """As it is after the last event."""
+        return self._tables.table
+
+    @property
+    def informed(self) -> bool:
+        """Whether a manager has told of its catalog since the start."""
+        return self._catalog.informed
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Take one event in; what is to be done about it, in order. `now` in seconds of one monotonic-per-run clock (Unix time)."""
         self._apply(event, now)
-        self._lost = {name: entry for name, entry in self._lost.items() if now - entry.since < FORGET_AFTER}
+        self._workforce.pass_time(now)
+        self._workforce.touched |= self._need.settle(now)
         if self._isolation:
-            self._isolation.settle(self._published(), now)
-        instructions = [*self._collect(), *self._place(now), *self._configure(), *self._isolate()]
-        table = self._make_table()
-        if table is not None:
-            instructions.append(Push(table))
+            self._workforce.touched |= self._isolation.settle(self._catalog.published, now)
+        ended = self._roll_out(now)
+        self._draining.hold(now)
+        touched = self._to_look_at(now)
+        placing = [*self._placing.collect(touched, now), *self._placing.place(touched, now), *self._draining.moves(now)]
+        instructions = [*ended, *placing, *self._placing.configure(touched), *self._isolate()]
+        change = self._tables.update(self._workforce.touched, self._renamed, self._workforce.changed)
+        if change is not None:
+            instructions.append(Push(self.table, change))
+        self._workforce.settled()
+        self._renamed = set()
         return instructions
 
     @property
-    def unsettled(self) -> bool:
-        """Whether a wanted version lacks copies that a worker might take once some time has passed: `Tick` is needed then only."""
-        failed = {model for worker in self._workers.values() for model in worker.failed}
-        return any(self._lacks(model) for model in failed & self._wanted)
+    def is_changing(self) -> bool:
+        """Whether a rollout or a drain waits for time to pass: `Tick` is needed often."""
+        return self._rollouts.is_waiting or self._draining.goes_on
 
-    def _lacks(self, model: ModelVersion) -> bool:
-        """Whether it would be placed if every worker could be asked."""
-        return bool(place([replace(each, able=True) for each in self._candidates(model, 0.0)], self._copies))
+    def is_due(self, ended: EndRollout) -> bool:
+        """Whether that is still to be written."""
+        return self._rollouts.is_due(ended)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether time alone may change something: `Tick` is needed then only.
+
+        A wanted version lacks copies that a worker might take later, or has copies that load may be seen to need no more.
+        """
+        return self._need.is_live or any(self._placing.lacks(model) for model in self._workforce.failing if model in self._demand.lacking)
 
     def _apply(self, event: Event, now: float) -> None:
         match event:
-            case WorkerJoined(worker, address, pid, gpus, memory):
-                self._join(KnownWorker(worker, address, pid, gpus, now, memory=memory))
-            case WorkerLeft(address):
-                self._remove(address, now)
+            case WorkerJoined() | WorkerLeft() | WorkerSilent() | WorkerBack():
+                self._staff(event, now)
             case CatalogChanged():
-                self._take_catalog(event)
-            case LentChanged():
-                self._take_lent(event, now)
-            case ManagerLeft(stream):
-                self._end_stream(stream)
+                self._take_catalog(event, now)
+            case LentChanged() | ManagerLeft():
+                self._take_line(event, now)
             case ModelWanted(model):
-                self._want(model)
+                self._want(model, now)
             case Loaded() | LoadFailed() | LoadCut() | Unloaded() | Evicting():
                 self._answered(event, now)
             case VersionIsolated() | InputCondemned() | QuarantineCleared():
                 self._isolation.take(event, now)
-            case Tick() | GatewayLoad():
-                pass  # placing, which follows each event, looks at the time
+            case DrainAsked():
+                self._draining.take(event, now)
+            case GatewayLoad():
+                self._rollouts.take(event, now)
+                self._take_load(event, now)
+            case Tick():
+                pass  # the time is looked at after each event
             case _:
                 assert_never(event)
 
-    def _take_catalog(self, event: CatalogChanged) -> None:
-        if event.stream < self._stream or event.term < self._term:  # what was still under way from a manager that was replaced
+    def _staff(self, event: WorkerJoined | WorkerLeft | WorkerSilent | WorkerBack, now: float) -> None:
+        match event:
+            case WorkerJoined(worker, address, pid, gpus, memory, site, holdings):
+                joined = KnownWorker(worker, address, pid, gpus, now, site=site, memory=memory)
+                joined.hold(holdings)
+                self._workforce.join(joined)
+                self._adopt(joined.loaded, now)
+            case WorkerLeft(address, for_good):
+                self._workforce.leave(address, now, for_good=for_good)
+            case WorkerSilent(address):
+                self._workforce.stand(address, "silent", now)
+            case WorkerBack(address):
+                self._workforce.stand(address, "running", now)
+            case _:
+                assert_never(event)
+
+    def _take_catalog(self, event: CatalogChanged, now: float) -> None:
+        if self._catalog.is_late(event):
             return
-        if event.stream > self._stream:  # the lines of the one before are not this one's
-            self._forget_lent()
-        self._term, self._stream, self._manager, self._count = event.term, event.stream, event.manager, event.count
-        self._catalog, self.informed = event.models, True
-        published = self._published()
-        self._wanted &= published
-        self._reasons = {model: reason for model, reason in self._reasons.items() if model in published}
-        self._short = {model: reason for model, reason in self._short.items() if model in published}
-        for worker in self._workers.values():
-            worker.failed = {model: failure for model, failure in worker.failed.items() if model in published}
+        if event.stream > self._catalog.stream:  # the lines of the one before are not this one's
+            self._lend((), now)
+        is_back = self._catalog.manager is None
+        self._renamed, touched = self._catalog.take(event)
+        self._rollouts.follow(self._catalog.models, now)
+        gone = touched - self._catalog.published
+        self._demand.drop(gone)
+        for model in gone:
+            for worker in self._workforce.concerned(model):
+                worker.forget(model)
+                self._workforce.note(worker, model)
+        self._workforce.touched |= touched
+        self._follow_load(touched, now)
+        if is_back:  # meanwhile nothing was collected
+            self._adopt({model for worker in self._workforce for model in worker.loaded}, now)
 
-    def _join(self, worker: KnownWorker) -> None:
-        lent = self._forget_lent()
-        self._workers |= {worker.address: worker} | lent
-        self._lost.pop(worker.id, None)
+    def _adopt(self, loaded: Collection[ModelVersion], now: float) -> None:
+        """What workers have in memory that went on without an orchestrator, or without a catalog, is wanted; if it is published still."""
+        self._workforce.touched.update(loaded)
+        self._demand.wanted |= self._catalog.published.intersection(loaded)
+        self._follow_load(loaded, now)
 
-    def _end_stream(self, stream: int) -> None:
-        if self._stream == stream:
-            self._manager = None
-            self._forget_lent()
+    def _follow_load(self, models: Iterable[ModelVersion], now: float) -> None:
+        """What was said of these is another thing now: some are to have as many copies as load needs, of which nothing is told yet."""
+        for model in models:
+            if model not in self._catalog.published or not self._catalog.serving(model.name).follows_load:
+                self._need.drop(model)
+            elif model in self._demand.wanted and model not in self._need:
+                self._need.ask(model, now)
 
-    def _take_lent(self, event: LentChanged, now: float) -> None:
-        if event.stream != self._stream or self._manager is None:
+    def _take_load(self, load: GatewayLoad, now: float) -> None:
+        for model, seen in load.versions.items():
+            follows = model in self._catalog.published and self._catalog.serving(model.name).follows_load
+            if follows and self._need.take(model, seen, load.seconds, now):
+                self._workforce.touched.add(model)
+
+    def _roll_out(self, now: float) -> list[Instruction]:
+        """Rollouts that ended. What they want loaded is as if it were asked for; what went back is freed, as if nobody did any more."""
+        if not self._rollouts and not self._placing.on_trial and not self._taken_back:
+            return []
+        ended, before = self._rollouts.proceed(self._seen, now), self._placing.on_trial
+        self._placing.on_trial = self._rollouts.wanted
+        for model in self._placing.on_trial - self._demand.wanted:
+            self._want(model, now)
+        back = {model for model in before - self._placing.on_trial if not self._catalog.is_default(model)}
+        self._demand.wanted -= back
+        self._workforce.touched |= self._rollouts.versions
+        return [*ended, *self._free_taken_back(back)]
+
+    def _free_taken_back(self, models: set[ModelVersion]) -> list[Instruction]:
+        """These, and earlier ones that a worker was still loading, unless somebody asked for them since."""
+        due = (self._taken_back | models) - self._demand.wanted
+        self._taken_back = {model for model in due if any(model in worker.loading for worker in self._workforce.concerned(model))}
+        return [self._placing.free(worker, model) for model in sorted(due, key=str) for worker in self._workforce.having(model)]
+
+    def _seen(self, model: ModelVersion) -> VersionEntry | None:
+        """As the table has it."""
+        entry = self.table.models.get(model.name)
+        found = entry.versions.get(model.version) if entry is not None else None
+        return found if found is not None and found.model == model else None
+
+    def _take_line(self, event: LentChanged | ManagerLeft, now: float) -> None:
+        """What an earlier manager's connection still says is of no interest."""
+        if event.stream != self._catalog.stream:
             return
-        before = self._forget_lent()
-        self._workers |= {each.id: lent_worker(each, before.get(each.id), now) for each in event.workers}
+        match event:
+            case LentChanged(_, lent):
+                if self._catalog.manager is not None:
+                    self._lend(lent, now)
+            case ManagerLeft():
+                self._catalog.end()
+                self._lend((), now)
+            case _:
+                assert_never(event)
 
-    def _forget_lent(self) -> dict[str, KnownWorker]:
-        """People don't see them as lost, as they see the lab's own: it may be that the lending ended. The manager says what it is."""
-        lent = {key: worker for key, worker in self._workers.items() if worker.lent is not None}
-        self._workers = {key: worker for key, worker in self._workers.items() if key not in lent}
-        return lent
+    def _lend(self, lent: Sequence[LentWorker], now: float) -> None:
+        if lent or self._workforce.has_lent:
+            self._workforce.lend(lent, now)
+            self._workforce.touched |= self._demand.wanted
 
-    def _published(self) -> set[ModelVersion]:
-        return {model for entry in self._catalog.values() for model, _ in entry.versions.values()}
-
-    def _want(self, model: ModelVersion) -> None:
-        if model not in self._published():
+    def _want(self, model: ModelVersion, now: float) -> None:
+        if model not in self._catalog.published:
             return
-        self._wanted.add(model)
-        for worker in self._workers.values():
+        self._demand.wanted.add(model)
+        if self._catalog.serving(model.name).follows_load:
+            self._need.ask(model, now)
+        self._workforce.touched.add(model)
+        for worker in self._workforce.concerned(model):
             worker.rested.discard(model)
             if failure := worker.failed.get(model):
                 failure.tries = 1
-
-    def _remove(self, address: str, now: float) -> None:
-        worker = self._workers.pop(address, None)
-        if worker is not None:
-            self._lost[worker.id] = WorkerEntry(worker.id, address, worker.pid, "lost", now, worker.gpus)
+            self._workforce.note(worker, model)
 
     def _answered(self, event: Loaded | LoadFailed | LoadCut | Unloaded | Evicting, now: float) -> None:
-        worker, model = self._workers.get(event.address), event.model
+        worker, model = self._workforce.get(event.address), event.model
         if worker is None or worker.pid != event.pid:  # a late answer of the process that had this address before
             return
         match event:
             case Loaded():
-                worker.memory = event.memory or worker.memory
-                worker.has_loaded(model, event.endpoint)
-                self._reasons.pop(model, None)
-                self._short.pop(model, None)
+                self._workforce.remember(worker, event.memory)
+                worker.has_loaded(model, event.endpoint, event.seconds)
+                self._demand.answered(model)
                 self._forget_unheld(model)
             case LoadFailed() if event.code == MemoryFullError.code:
                 worker.loading.discard(model)
-                self._short[model] = f"{event.code}: {event.message}"
+                self._demand.short[model] = f"{event.code}: {event.message}"
                 self._forget_unheld(model)
             case LoadFailed():
                 reason = f"{event.code}: {event.message}"
                 worker.fail(model, now, reason)
-                if worker.lent is None and model in self._published():
-                    self._reasons[model] = reason
+                if worker.lent is None:
+                    self._demand.reasons[model] = reason
             case LoadCut():  # no reason to tell: those who wait get the worker that comes back
                 worker.fail(model, now)
             case Unloaded():
                 worker.loaded.pop(model, None)
-                worker.memory = event.memory or worker.memory
+                worker.leaving.discard(model)
+                self._workforce.remember(worker, event.memory)
             case Evicting():
-                worker.memory = event.memory
-                worker.evicts(model, event.endpoint, now, may_rest=self._serving(model).keep_alive is not None)
+                self._workforce.remember(worker, event.memory)
+                worker.evicts(model, event.endpoint, now, may_rest=self._catalog.serving(model.name).keep_alive is not None)
+                self._workforce.press(worker)
                 self._forget_unheld(model)
+        if model not in self._catalog.published:
+            self._demand.drop((model,))
+            worker.forget(model)
+        self._workforce.note(worker, model)
 
     def _forget_unheld(self, model: ModelVersion) -> None:
         """What is in no memory, for want of room, is wanted again when it is asked for and not before: else it would put others out."""
-        if not any(model in worker.loaded or model in worker.loading for worker in self._workers.values()):
-            self._wanted.discard(model)
+        if not any(model in worker.loaded or model in worker.loading for worker in self._workforce.concerned(model)):
+            self._demand.wanted.discard(model)
 
-    def _collect(self) -> list[Instruction]:
-        """What is in memory and no longer published, or not where it is to run."""
-        published = self._published() if self._manager is not None else None
-        if published is None:
-            return []
-        gone: list[Instruction] = []
-        for worker in self._workers.values():
-            for model in [model for model in worker.loaded if model not in published or not self._may_run(worker, model)]:
-                del worker.loaded[model]
-                gone.append(Unload(worker.address, worker.pid, model, self._line(worker)))
-        return gone
+    def _to_look_at(self, now: float) -> list[ModelVersion]:
+        """What the event, the time, or a worker that came, went or got room may have made another thing."""
+        workforce, lacking = self._workforce, self._demand.lacking
+        if workforce.shrunk and workforce.has_lent:
+            workforce.touched |= lacking
+        self._follow_circumstances()
+        workforce.touched.update(model for name in workforce.resized if (model := self._catalog.version(name)) in lacking)
+        for worker in filter(None, map(workforce.get, workforce.freed)):
+            workforce.touched.update(model for model in lacking - workforce.touched if self._placing.may_take(worker, model, now))
+        return sorted(workforce.touched, key=str)
 
-    def _place(self, now: float) -> list[Instruction]:
-        loads: list[Instruction] = []
-        for model in sorted((model for model in self._wanted if not self._is_held(model)), key=str):
-            for address in place(self._candidates(model, now), self._copies):
-                worker = self._workers[address]
-                worker.loading.add(model)
-                worker.serving[model] = self._serving(model)
-                loads.append(Load(address, worker.pid, model, self._line(worker), worker.serving[model]))
-        return loads
-
-    def _configure(self) -> list[Instruction]:
-        """What workers have in memory and serve as was said before. One that is loading is told when it has loaded."""
-        told: list[Instruction] = []
-        for worker in self._workers.values():
-            for model in worker.loaded if worker.lent is None else ():
-                wanted = self._serving(model)
-                if worker.serving.get(model, DEFAULTS) != wanted:
-                    worker.serving[model] = wanted
-                    told.append(Configure(worker.address, worker.pid, model, wanted))
-        return told
-
-    def _serving(self, model: ModelVersion) -> ServingSettings:
-        entry = self._catalog.get(model.name)
-        return DEFAULTS if entry is None else entry.serving
+    def _follow_circumstances(self) -> None:
+        """What all workers together are decides why a version is nowhere (`entries.py`)."""
+        workforce = self._workforce
+        kinds, is_alone = workforce.kinds, not workforce.has_own and not workforce.lost
+        if is_alone != self._was_alone:
+            workforce.touched |= self._demand.wanted
+        if kinds != self._kinds:
+            choosy = (entry for entry in self._catalog.models.values() if entry.serving.is_choosy)
+            workforce.touched.update(model for entry in choosy for model, _ in entry.versions.values())
+        self._was_alone, self._kinds = is_alone, kinds
 
     def _isolate(self) -> list[Instruction]:
-        return [Isolate(worker.address, model) for worker, model in self._isolation.moves(self._workers.values())]
-
-    def _is_held(self, model: ModelVersion) -> bool:
-        """Whether the lab's own workers have all copies: nothing is to be placed then, which is mostly so."""
-        return sum(model in worker.loaded for worker in self._workers.values() if worker.lent is None) >= self._copies
-
-    def _line(self, worker: KnownWorker) -> str | None:
-        return self._manager if worker.lent is not None else None
-
-    def _candidates(self, model: ModelVersion, now: float) -> list[Candidate]:
-        nbytes = max((worker.nbytes(model) for worker in self._workers.values()), default=0)
-        return [worker.candidate(model, now, nbytes) for worker in self._workers.values() if self._may_run(worker, model)]
-
-    def _may_run(self, worker: KnownWorker, model: ModelVersion) -> bool:
-        return worker.runs(model) and self._serving(model).may_run_with(worker.gpus)
-
-    def _make_table(self) -> Table | None:
-        """The new table, or None when nothing in it changed."""
-        table = Table(
-            self._seq + 1,
-            {name: self._entry(entry) for name, entry in self._catalog.items()},
-            {**self._lost, **{worker.id: worker.entry() for worker in self._workers.values()}},
-            self._count,
-            self._manager,
-        )
-        if structs.replace(table, seq=self._seq) == self.table:
-            return None
-        self._seq, self.table = table.seq, table
-        return table
-
-    def _entry(self, entry: CatalogModel) -> ModelEntry:
-        versions = {number: self._version(model, info) for number, (model, info) in entry.versions.items()}
-        versions = {number: self._isolation.entry(version) for number, version in versions.items()}
-        return ModelEntry(entry.name, entry.default, versions, entry.aliases, entry.serving)
-
-    def _version(self, model: ModelVersion, info: ModelInfo) -> VersionEntry:
-        workers = self._workers.values()
-        routes = tuple(worker.route(model) for worker in workers if model in worker.loaded)
-        state: State = "unloaded"
-        if routes:
-            state = "ready"
-        elif any(model in worker.loading for worker in workers):
-            state = "loading"
-        elif reason := self._reason(model):
-            return VersionEntry(model, info, "failed", (), reason)
-        return VersionEntry(model, info, state, routes, "" if routes else self._short.get(model, ""))
-
-    def _reason(self, model: ModelVersion) -> str:
-        """Why requests are refused. What lent workers say counts where the lab has no worker of its own, nor one that may come back."""
-        workers = self._workers.values()
-        serving, gpus = self._serving(model), [*(worker.gpus for worker in workers), *(lost.gpus for lost in self._lost.values())]
-        if gpus and not any(map(serving.may_run_with, gpus)):  # else one can, or may come back
-            return f"{NoDeviceError.code}: {_NOWHERE[serving.device].format(model)}"
-        if model in self._reasons or model not in self._wanted or self._lost or any(worker.lent is None for worker in workers):
-            return self._reasons.get(model, "")
-        asked = [worker for worker in workers if worker.runs(model)] or workers
-        return next(filter(None, (worker.refusal(model) for worker in asked)), "")
+        return [Isolate(worker.address, model) for worker, model in self._isolation.moves(self._workforce.having)]

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tether.routing.lab_events import Kind, LabEvent
-from tether.routing.table import State, Table
+from tether.routing.table import State, Table, VersionEntry
+from tether.serving_settings import Rollout
 
 __all__ = ["Contacts", "Facts", "changes", "encounters"]
 
 _STATES: Mapping[State, Kind] = {"loading": Kind.LOADING, "ready": Kind.LOADED, "failed": Kind.FAILED, "unloaded": Kind.UNLOADED}
+
+_ROLLOUTS: Mapping[str, Kind] = {
+    "running": Kind.ROLLOUT_BEGUN,
+    "promoted": Kind.ROLLOUT_PROMOTED,
+    "reverted": Kind.ROLLOUT_REVERTED,
+    "aborted": Kind.ROLLOUT_ABORTED,
+}
+_THERE = {"running", "draining", "drained"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,10 @@ class Facts:
     isolated: frozenset[tuple[str, int]] = frozenset()
     poison: frozenset[tuple[str, int, str]] = frozenset()
     """Model, number, mark of an input."""
+    took: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    """Of what is loaded, model and number → seconds of the longest of its loads, where they are known."""
+    rollouts: Mapping[tuple[str, float], Rollout] = field(default_factory=dict)
+    """Model and when it began → the rollout, as it is written."""
 
     @classmethod
     def of(cls, table: Table) -> Facts:
@@ -33,10 +46,16 @@ class Facts:
         return cls(
             {(model.name, number): (each.state, each.reason) for model in models for number, each in model.versions.items()},
             {(model.name, alias): number for model in models for alias, number in model.aliases.items()},
-            frozenset(worker.id for worker in table.workers.values() if worker.state == "running"),
+            frozenset(worker.id for worker in table.workers.values() if worker.state in _THERE),
             frozenset((model.name, number) for model in models for number, each in model.versions.items() if each.is_isolated),
             frozenset((model.name, number, mark) for model in models for number, each in model.versions.items() for mark in each.poison),
+            {(model.name, number): took for model in models for number, each in model.versions.items() if (took := _longest_load(each))},
+            {(model.name, rollout.begun): rollout for model in models if (rollout := model.serving.rollout) is not None},
         )
+
+
+def _longest_load(version: VersionEntry) -> float:
+    return max((route.load_seconds for route in version.routes), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,7 @@ def changes(before: Facts, after: Facts, seq: int, at: float) -> list[LabEvent]:
         *_versions(before, after),
         *_aliases(before, after),
         *_states(before, after),
+        *_rollouts(before, after),
         *_held(before, after),
         *_workers(before, after),
     ]
@@ -95,7 +115,14 @@ def _states(before: Facts, after: Facts) -> Iterator[dict[str, Any]]:
     known = {key: before.versions.get(key, ("unloaded", "")) for key in after.versions}
     for model, number in _different(known, after.versions):
         state, reason = after.versions[model, number]
-        yield {"kind": _STATES[state], "model": model, "version": number, "reason": reason or None}
+        took = after.took.get((model, number)) if state == "ready" else None
+        yield {"kind": _STATES[state], "model": model, "version": number, "reason": reason or None, "seconds": took}
+
+
+def _rollouts(before: Facts, after: Facts) -> Iterator[dict[str, Any]]:
+    for key in _different(before.rollouts, after.rollouts):
+        if (rollout := after.rollouts.get(key)) is not None:
+            yield {"kind": _ROLLOUTS[rollout.state], "model": key[0], "version": rollout.version, "reason": rollout.reason or None}
 
 
 def _held(before: Facts, after: Facts) -> Iterator[dict[str, Any]]:

@@ -88,7 +88,7 @@ class _Marks:
         self._counts: Counter[ModelVersion] = Counter()
 
     def __contains__(self, model: ModelVersion) -> bool:
-        return model in self._counts
+        return bool(self._counts) and model in self._counts  # to hash a version costs more than to see that there is none
 
     def deaths(self, model: ModelVersion, mark: str, now: float) -> int:
         at, deaths = self._kept.get((model, mark), (now, 0))

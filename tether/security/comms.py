@@ -8,9 +8,9 @@ the rule on a busy one, where the loop comes late to both the connection and the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import ssl
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from distributed import Security
@@ -24,7 +24,7 @@ from tether.security.tls import TlsFiles
 __all__ = ["dask_security"]
 
 _NEXT = 0.3
-"""Seconds for an address of a host that has more of them: as long as tornado waits before it tries the next one."""
+"""Seconds before the next address of a host is tried beside those that have not answered: as long as tornado waits."""
 
 
 def dask_security(files: TlsFiles) -> Security:
@@ -43,16 +43,51 @@ class _Client(TCPClient):  # type: ignore[misc]  # tornado is untyped here
         """Raises: OSError: no address of the host answered, or none has a certificate of the cluster."""
         if ssl_options is None:
             return await super().connect(host, port, af, **options)
-        *others, last = await self.resolver.resolve(host, port, af)
-        for family, address in others:
-            with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(_NEXT):
-                    return await _opened(SSLIOStream(socket.socket(family), ssl_options=ssl_options, **options), address, host)
-        family, address = last
-        return await _opened(SSLIOStream(socket.socket(family), ssl_options=ssl_options, **options), address, host)
+        openings = (
+            _opened(family, address, host, {"ssl_options": ssl_options, **options})
+            for family, address in await self.resolver.resolve(host, port, af)
+        )
+        return await _first(openings)
 
 
-async def _opened(stream: SSLIOStream, address: Any, host: str) -> SSLIOStream:
+async def _first(openings: Iterable[Coroutine[Any, Any, SSLIOStream]]) -> SSLIOStream:
+    """The stream that is there first. The others go on until then: a slow handshake is no reason to give up.
+
+    Nothing is awaited once it is there: who is cancelled in that turn would lose it.
+    """
+    tries: list[asyncio.Task[SSLIOStream]] = []
+    first: asyncio.Task[SSLIOStream] | None = None
+    try:
+        for opening in openings:
+            tries.append(asyncio.ensure_future(opening))
+            if first := await _succeeded(tries, _NEXT):
+                return first.result()
+        first = await _succeeded(tries, None)
+        return (first or tries[-1]).result()
+    finally:
+        for each in tries:
+            if each is not first:
+                each.cancel()
+                each.add_done_callback(_close)
+
+
+async def _succeeded(tries: list[asyncio.Task[SSLIOStream]], patience: float | None) -> asyncio.Task[SSLIOStream] | None:
+    """None: all failed, or none did within so many seconds."""
+    while True:
+        if done := next((each for each in tries if each.done() and not each.exception()), None):
+            return done
+        pending = [each for each in tries if not each.done()]
+        if not pending or not (await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED))[0]:
+            return None
+
+
+def _close(opening: asyncio.Task[SSLIOStream]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
+async def _opened(family: int, address: Any, host: str, options: dict[str, Any]) -> SSLIOStream:
+    stream = SSLIOStream(socket.socket(family), **options)
     try:
         return await stream.connect(address, server_hostname=host)
     except BaseException:

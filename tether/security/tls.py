@@ -121,13 +121,14 @@ def _name(common: str) -> x509.Name:
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
     now = dt.datetime.now(dt.UTC)
+    early = now - dt.timedelta(days=1)  # hosts whose clocks are set back, or differ, believe it too
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_before(early)
         .not_valid_after(now + dt.timedelta(days=_DAYS))
     )
 

@@ -6,10 +6,11 @@ import asyncio
 import atexit
 import logging
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
-import orjson
+import msgspec
 
 __all__ = ["Access", "AccessLog"]
 
@@ -20,6 +21,21 @@ _URL: Final = 1024
 """Bytes of a URL that are logged."""
 _LINES: Final = 512
 """Lines that are written at once: some 150 KB, a fraction of a millisecond into the page cache."""
+_NAMES: Final = {
+    "timestamp": "@timestamp",
+    "dataset": "event.dataset",
+    "duration": "event.duration",
+    "id": "http.request.id",
+    "method": "http.request.method",
+    "path": "url.path",
+    "status": "http.response.status_code",
+    "received": "http.request.body.bytes",
+    "sent": "http.response.body.bytes",
+    "client": "client.ip",
+    "caller": "user.name",
+}
+_encode_lines = msgspec.json.Encoder().encode_lines
+"""Of structs: a third of what orjson takes for dictionaries, and this is paid for each request."""
 
 
 class Access(NamedTuple):
@@ -71,7 +87,7 @@ class AccessLog:
         if not waiting or self._file.closed:
             return
         try:
-            self._file.write(b"".join(map(_line, waiting)))
+            self._file.write(_encode_lines(map(_line, waiting)))
             self._failed = False
         except OSError as error:
             if not self._failed:
@@ -85,18 +101,29 @@ class AccessLog:
         self._file.close()
 
 
-def _line(access: Access) -> bytes:
-    fields: dict[str, Any] = {
-        "@timestamp": datetime.fromtimestamp(access.time, UTC),
-        "event.dataset": "tether.access",
-        "event.duration": round(access.seconds * 1e9),
-        "http.request.id": access.id.decode("latin-1"),
-        "http.request.method": access.method,
-        "url.path": access.url[:_URL].partition(b"?")[0].decode("latin-1"),
-        "http.response.status_code": access.status,
-        "http.request.body.bytes": access.received,
-        "http.response.body.bytes": access.sent,
-        "client.ip": access.client,
-        "user.name": access.caller,
-    }
-    return orjson.dumps(fields, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE)
+class _Line(msgspec.Struct, gc=False, rename=_NAMES):
+    timestamp: datetime
+    dataset: str
+    duration: int
+    id: str
+    method: str
+    path: str
+    status: int
+    received: int
+    sent: int
+    client: str | None
+    caller: str | None
+
+
+def _line(access: Access) -> _Line:
+    moment, duration = datetime.fromtimestamp(access.time, UTC), round(access.seconds * 1e9)
+    name, path = access.id.decode("latin-1"), _path(access.url)
+    return _Line(
+        moment, "tether.access", duration, name, access.method, path, access.status,
+        access.received, access.sent, access.client, access.caller,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _path(url: bytes) -> str:
+    return url[:_URL].partition(b"?")[0].decode("latin-1")

@@ -31,7 +31,7 @@ class Connection:
         self.socket, self.reader, self.writer = sock, FrameReader(), FrameWriter()
         self.ring: RingView | None = None
         self._greeted = False
-        self._owed: deque[memoryview] = deque()
+        self._owed: deque[bytes | memoryview] = deque()
         self._owed_nbytes = 0
 
     @property
@@ -66,7 +66,7 @@ class Connection:
         if self.writer:
             awake = not self._owed
             for part in self.writer.take():
-                self._owed.append(memoryview(part))
+                self._owed.append(part)
                 self._owed_nbytes += len(part)
             self.send(patience_ms if awake else 0)
 
@@ -81,9 +81,9 @@ class Connection:
                     continue
                 break
             self._owed_nbytes -= sent
-            rest = self._owed.popleft()[sent:]
-            if rest:
-                self._owed.appendleft(rest)
+            part = self._owed.popleft()
+            if sent < len(part):
+                self._owed.appendleft(memoryview(part)[sent:])
         if self._owed_nbytes > (_OWED_NBYTES if self._owed_nbytes == before else _MOST_OWED_NBYTES):
             raise ConnectionResetError
 

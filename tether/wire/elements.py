@@ -164,7 +164,7 @@ def to_json(array: Array, datatype: Datatype) -> Any:
         return array.astype(np.float32).reshape(-1)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    return np.ascontiguousarray(array).reshape(-1)
+    return array.ravel()
 
 
 def _text(element: Any) -> str:

@@ -38,7 +38,16 @@ from tether.types import (
 from tether.wire.elements import BINARY_ONLY, datatype_name, from_binary, from_json, to_binary, to_json
 from tether.wire.faults import decode_error, encode_error
 
-__all__ = ["decode_error", "decode_request", "decode_response", "encode_error", "encode_request", "encode_response"]
+__all__ = [
+    "Parameters",
+    "ResponseWriter",
+    "decode_error",
+    "decode_request",
+    "decode_response",
+    "encode_error",
+    "encode_request",
+    "encode_response",
+]
 
 Parameters = dict[str, str | int | float | bool]
 _NO_PARAMETERS: Final[Parameters] = {}
@@ -238,27 +247,39 @@ def _wants_binary(output: _Output, default: bool) -> bool:
 
 
 def encode_response(outputs: Tensors, model: ModelVersion, request: InferRequest, info: ModelInfo) -> tuple[bytes, int]:
-    """The body of the answer and the length of its JSON part (0: all of it is JSON).
+    """As `ResponseWriter.write`."""
+    return ResponseWriter(model, info).write(outputs, request)
 
-    Outputs come in the order requested, or the model's own. NaN and infinities are null in JSON, which has no text for them: ask for
-    binary to get them exactly.
 
-    Raises: RequestError: BYTES that are not UTF-8 asked for as JSON; ModelFailedError: an output of a type the protocol lacks;
-        InternalError: an output is missing.
-    """
-    wanted = request.outputs or tuple(RequestedOutput(spec.name, request.binary) for spec in info.outputs)
-    described: list[dict[str, Any]] = []
-    chunks: list[Any] = []
-    for output in wanted:
-        array = outputs.get(output.name)
-        if array is None:
-            raise InternalError(f"the runtime gave no output {output.name!r} of {model}; please report it")
-        described.append(_output(output, np.asarray(array), chunks))
-    head: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
-    if request.id is not None:
-        head["id"] = request.id
-    head["outputs"] = described
-    return _joined(head, chunks, any(output.binary for output in wanted))
+class ResponseWriter:
+    """The answers of one version."""
+
+    def __init__(self, model: ModelVersion, info: ModelInfo) -> None:
+        self._head: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
+        self._all = {binary: tuple(RequestedOutput(spec.name, binary) for spec in info.outputs) for binary in (False, True)}
+
+    def write(self, outputs: Tensors, request: InferRequest) -> tuple[bytes, int]:
+        """The body of the answer and the length of its JSON part (0: all of it is JSON).
+
+        Outputs come in the order requested, or the model's own. NaN and infinities are null in JSON, which has no text for them: ask for
+        binary to get them exactly.
+
+        Raises: RequestError: BYTES that are not UTF-8 asked for as JSON; ModelFailedError: an output of a type the protocol lacks;
+            InternalError: an output is missing.
+        """
+        wanted = request.outputs or self._all[request.binary]
+        described: list[dict[str, Any]] = []
+        chunks: list[Any] = []
+        for output in wanted:
+            array = outputs.get(output.name)
+            if array is None:
+                raise InternalError(f"the runtime gave no output {output.name!r} of {self._head['model_name']}; please report it")
+            described.append(_output(output, np.asarray(array), chunks))
+        head = self._head.copy()
+        if request.id is not None:
+            head["id"] = request.id
+        head["outputs"] = described
+        return _joined(head, chunks, len(chunks) > 0)
 
 
 def _joined(head: dict[str, Any], chunks: list[Any], binary: bool) -> tuple[bytes, int]:

@@ -40,6 +40,9 @@ class BatchSizes:
         """`latency`: seconds within which answers are wanted; `first`: rows while nothing is known; `most`: rows ever."""
         self._half, self._first, self._top = latency / 2, _bucket(first), _bucket(most)
         self._shapes: dict[BatchKey, _Shape] = {}
+        """The one that was used last stands last."""
+        self._last: tuple[BatchKey | None, _Shape] = None, _Shape(self._half, self._first, self._top)
+        """It, and its key: mostly it is the next one too."""
 
     def most_rows(self, key: BatchKey) -> int:
         """Rows of the next batch of this shape, if that many wait."""
@@ -59,10 +62,13 @@ class BatchSizes:
         self._shape(key).refuse(min(_bucket(rows), self._top))
 
     def _shape(self, key: BatchKey) -> _Shape:
+        if key == self._last[0]:
+            return self._last[1]
         shape = self._shapes.pop(key, None) or _Shape(self._half, self._first, self._top)
         if len(self._shapes) >= _SHAPES:
             del self._shapes[next(iter(self._shapes))]
         self._shapes[key] = shape
+        self._last = key, shape
         return shape
 
 

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 
 from tether.errors import LoadFailedError, TetherError
+from tether.events import Holding
 from tether.ports import LoadedModel
 from tether.serving_settings import DEFAULTS, ServingSettings
 from tether.types import ModelInfo, ModelVersion, WorkerMemory
@@ -23,7 +24,8 @@ from tether.worker.footprint import Files, Footprints, card_nbytes, runner_nbyte
 from tether.worker.means import card_users
 from tether.worker.residency import GPU, RAM, Size
 from tether.worker.rooms import Rooms, Use
-from tether.worker.serving import ModelServer, ServingStats
+from tether.worker.serving import ModelServer
+from tether.worker.stats import ServingStats
 
 __all__ = ["Engine", "Source"]
 
@@ -82,7 +84,8 @@ class Engine:
         self._sockets, self._fetch, self._load, self._latency = sockets, fetch, load, latency
         self.withdraw = lambda _model, _endpoint: None
         self._servers: dict[ModelVersion, ModelServer] = {}
-        self._turns: dict[ModelVersion, threading.RLock] = {}
+        self._turns: dict[ModelVersion, tuple[threading.RLock, int]] = {}
+        """Whose turn it is, and how many hold it or wait for it."""
         self._settings: dict[ModelVersion, ServingSettings] = {}
         """How versions that are loaded, or about to be, are served."""
         self._lock = threading.Lock()
@@ -119,10 +122,22 @@ class Engine:
                 server.configure(settings)
         self._rooms.keep(model, pinned=settings.pinned, keep_alive=settings.keep_alive)
 
-    def _turn(self, model: ModelVersion) -> threading.RLock:
-        """Held by who loads or frees a version."""
+    @contextlib.contextmanager
+    def _turn(self, model: ModelVersion) -> Iterator[None]:
+        """Held by who loads or frees a version; forgotten when nobody holds it or waits for it."""
         with self._lock:
-            return self._turns.setdefault(model, threading.RLock())
+            turn, users = self._turns.get(model, (None, 0))
+            turn = turn or threading.RLock()
+            self._turns[model] = turn, users + 1
+        try:
+            with turn:
+                yield
+        finally:
+            with self._lock:
+                users = self._turns[model][1] - 1
+                self._turns[model] = turn, users
+                if not users:
+                    del self._turns[model]
 
     def _start(self, claim: _Claim) -> ModelServer:
         model, begun = claim.model, time.monotonic()
@@ -218,6 +233,12 @@ class Engine:
     def models(self) -> dict[ModelVersion, ServingStats]:
         """What is in memory and what each has done so far."""
         return {model: server.stats for model, server in list(self._servers.items())}
+
+    def holdings(self) -> list[Holding]:
+        """What is in memory, where it answers and how it is served."""
+        with self._lock:
+            servers = self._servers.items()
+            return [Holding(model, str(server.endpoint), self._settings.get(model, DEFAULTS)) for model, server in servers]
 
     @property
     def memory(self) -> WorkerMemory:

@@ -1,8 +1,12 @@
-"""Dask's side of a worker; glue only: handlers that call the engine, and two lines in the heartbeat."""
+"""Dask's side of a worker; glue only: handlers that call the engine, what the heartbeat says of it, and answers to pings.
+
+A Dask worker ends with its scheduler. The engine need not: `LastingPlugin` gives it to the next one.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import time
@@ -15,15 +19,18 @@ from typing import Any, Final, ParamSpec, TypeVar
 import msgspec
 import structlog
 from distributed import Worker, WorkerPlugin
+from distributed.comm import Comm, CommClosedError
+from distributed.core import Status
 
 from tether.errors import TetherError
+from tether.routing.table import WorkerEntry
 from tether.serving_settings import DEFAULTS, ServingSettings
-from tether.types import ModelVersion
+from tether.types import ModelVersion, WorkerSite
 from tether.worker.engine import Engine
 from tether.worker.means import Busyness, Card, cards
 from tether.worker.vitals import PERIOD, vitals
 
-__all__ = ["EnginePlugin"]
+__all__ = ["EnginePlugin", "LastingPlugin"]
 
 _UNSAID: Final = msgspec.msgpack.encode(DEFAULTS)
 
@@ -34,18 +41,21 @@ _TOLD: Final = 2.0
 """Seconds that a model which leaves waits for the orchestrator to take note of it; and before that is tried again."""
 _CARD_SHARE: Final = 0.9
 """Of a card's memory, for models: what a run needs beside them is theirs, too, as the driver sees it."""
+_TOLD_TO: Final = "tether-restart"
+"""Why Dask's worker is closed then."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
-    """Adds `tether_load` and `tether_unload` to a Dask worker."""
+    """Adds the handlers of the README to a Dask worker, and ends the engine with it."""
 
     name = "tether-worker"
     idempotent = True
 
-    def __init__(self, engine: Engine, sockets: Path, card_nbytes: int | None = None) -> None:
+    def __init__(self, engine: Engine, sockets: Path, card_nbytes: int | None = None, site: WorkerSite | None = None) -> None:
         """`sockets`: the engine's folder, removed with it. `card_nbytes`: of its card, for models; None: nine tenths."""
+        self._site = site or WorkerSite()
         self._card_nbytes = card_nbytes
         self._engine, self._sockets = engine, sockets
         self._busyness = Busyness()
@@ -54,6 +64,8 @@ class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untype
         self._looking: asyncio.Task[None] | None = None
         self._untold: set[Future[None]] = set()
         """What the orchestrator is to hear and has not taken note of."""
+        self._leaving: set[str] = set()
+        """Endpoints of what is about to leave, or has left: an orchestrator that comes is not told of them."""
         self._threads = ThreadPoolExecutor(_LOADS, "load")
 
     def setup(self, worker: Worker) -> None:
@@ -64,14 +76,23 @@ class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untype
             "tether_unload": self._unload,
             "tether_configure": self._configure,
             "tether_isolate": self._isolate,
+            "tether_pings": self._answer_pings,
+            "tether_end": self._end,
         }
+        worker.startup_information["tether_site"] = lambda _worker: msgspec.to_builtins(self._site)
+        worker.startup_information["tether_holdings"] = lambda _worker: self._holdings()
         worker.metrics["tether"] = lambda _worker: self._report()
         worker.metrics["tether_means"] = lambda _worker: self._means()
         worker.metrics["tether_memory"] = lambda _worker: msgspec.to_builtins(self._engine.memory)
         worker.metrics["tether_vitals"] = lambda _worker: self._vitals
-        self._looking = asyncio.ensure_future(self._look(int(worker.state.total_resources.get("GPU", 0))))
+        if self._looking is None:
+            self._looking = asyncio.ensure_future(self._look(int(worker.state.total_resources.get("GPU", 0))))
 
     async def teardown(self, worker: Worker) -> None:  # noqa: ARG002 (Dask's signature)
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Free the models, and end all that goes on."""
         if self._looking is not None:
             self._looking.cancel()
         for told in list(self._untold):
@@ -85,7 +106,9 @@ class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untype
         version, settings = _told(model, serving)
         try:
             endpoint = await self._in_thread(self._engine.load, version, settings)
-            return {"endpoint": endpoint, "memory": msgspec.msgpack.encode(self._engine.memory)}
+            stats = self._engine.models().get(version)
+            seconds = 0.0 if stats is None else stats.load_seconds
+            return {"endpoint": endpoint, "memory": msgspec.msgpack.encode(self._engine.memory), "seconds": seconds}
         except TetherError as error:
             return {"error": [error.code, str(error)]}
 
@@ -101,6 +124,36 @@ class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untype
         gone = await self._in_thread(self._engine.unload, msgspec.msgpack.decode(model, type=ModelVersion))
         return {"unloaded": gone, "memory": msgspec.msgpack.encode(self._engine.memory)}
 
+    async def _answer_pings(self, comm: Comm) -> Status:
+        """On the event loop: one that does nothing else answers, too."""
+        try:
+            while True:
+                await comm.read()
+                await comm.write({"waiting": sum(stats.waiting for stats in self._engine.models().values())})
+        except CommClosedError:
+            return Status.dont_reply
+
+    def _holdings(self) -> bytes:
+        holdings = self._engine.holdings()
+        self._leaving &= {each.endpoint for each in holdings}
+        return msgspec.msgpack.encode([each for each in holdings if each.endpoint not in self._leaving])
+
+    async def drain(self, patience: float) -> None:
+        """Have requests go elsewhere before this ends. Returns when none comes any more, or nobody is there who could see to that."""
+        end = asyncio.get_running_loop().time() + patience
+        with contextlib.suppress(OSError, TimeoutError, RuntimeError, AttributeError):  # AttributeError: it has joined no lab yet
+            asked = {"worker": str(self._worker.name), "within": patience / 2, "wait": 1.0, "ends": True}
+            while asyncio.get_running_loop().time() < end:
+                async with asyncio.timeout(_TOLD):
+                    told = await self._worker.scheduler.tether_drain(**asked)
+                if "error" in told or msgspec.msgpack.decode(told["worker"], type=WorkerEntry).state != "draining":
+                    return
+
+    async def _end(self) -> dict[str, Any]:
+        """Whoever looks after the process starts another one."""
+        self._ending = asyncio.ensure_future(self._worker.close(reason=_TOLD_TO, nanny=False))
+        return {}
+
     async def _in_thread(self, work: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
         return await self._loop.run_in_executor(self._threads, partial(work, *arguments, **options))
 
@@ -108,6 +161,7 @@ class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untype
         """As `Engine.withdraw`, from a thread of the engine's."""
         if self._loop.is_closed():
             return
+        self._leaving.add(endpoint)
         told = asyncio.run_coroutine_threadsafe(self._evicting(model, endpoint), self._loop)
         self._untold.add(told)
         told.add_done_callback(self._untold.discard)
@@ -118,11 +172,12 @@ class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untype
 
     async def _evicting(self, model: ModelVersion, endpoint: str) -> None:
         """Until it is heard: a route that stayed would lead to nobody until the worker ends."""
-        where = {"address": self._worker.address, "pid": os.getpid(), "model": msgspec.msgpack.encode(model), "endpoint": endpoint}
+        what = {"pid": os.getpid(), "model": msgspec.msgpack.encode(model), "endpoint": endpoint}
         while True:
             try:
-                await self._worker.scheduler.tether_evicting(**where, memory=msgspec.msgpack.encode(self._engine.memory))
-            except OSError as error:
+                memory = msgspec.msgpack.encode(self._engine.memory)
+                await self._worker.scheduler.tether_evicting(**what, address=self._worker.contact_address, memory=memory)
+            except (OSError, RuntimeError) as error:  # RuntimeError: Dask's worker has ended, and the next one is not there yet
                 log.warning("the orchestrator can't be told what leaves", model=str(model), error=f"{type(error).__name__}: {error}")
                 await asyncio.sleep(_TOLD)
             else:
@@ -159,6 +214,18 @@ class EnginePlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untype
             }
             for model, stats in self._engine.models().items()
         }
+
+
+class LastingPlugin(WorkerPlugin):  # type: ignore[misc]  # distributed is untyped
+    """Another plugin's set-up, in one Dask worker after the other; its end is not theirs."""
+
+    name = EnginePlugin.name
+
+    def __init__(self, plugin: EnginePlugin) -> None:
+        self._plugin = plugin
+
+    def setup(self, worker: Worker) -> None:
+        self._plugin.setup(worker)
 
 
 def _told(model: bytes, serving: bytes) -> tuple[ModelVersion, ServingSettings]:

@@ -64,6 +64,8 @@ class RequestQueue(Generic[Job]):
         """The settings, where they say anything of batches."""
         self._held = 0.0
         """Until when all that waits is held; in the past: a batch may begin."""
+        self._none_expires_until = -math.inf
+        """Nobody who waits will have waited too long before; who comes later will later."""
         self._forming: dict[BatchKey | None, _Forming] = {}
         self._sizes = self._learning(settings)
         self.configure(settings)
@@ -74,6 +76,7 @@ class RequestQueue(Generic[Job]):
         if (before.latency, before.max_batch_size) != (settings.latency, settings.max_batch_size):
             self._sizes = self._learning(settings)
         self._limits, self._held = settings if settings.rules_batches else None, 0.0
+        self._none_expires_until = -math.inf
         self._waiting.sort(lambda job: settings.level(job.priority))
         self._forming.clear()
 
@@ -159,13 +162,19 @@ class RequestQueue(Generic[Job]):
         limits = self._limits
         if limits is None or limits.queue_timeout is None:
             return []
+        if now < self._none_expires_until:
+            return []
         oldest = now - limits.queue_timeout
-        return self.drop(lambda job: job.arrived < oldest)
+        expired = self.drop(lambda job: job.arrived < oldest)
+        self._none_expires_until = min((job.arrived for job in self._waiting), default=now) + limits.queue_timeout
+        return expired
 
     def drop(self, unwanted: Callable[[Job], bool]) -> list[Job]:
         """Take out those that are not wanted any more."""
-        self._forming.clear()
-        return self._waiting.drop(unwanted)
+        dropped = self._waiting.drop(unwanted)
+        if dropped:
+            self._forming.clear()
+        return dropped
 
     def ran(self, key: BatchKey | None, rows: int, seconds: float) -> None:
         """A batch is done: what it took with everything that is done for a row (decoded, run, encoded)."""

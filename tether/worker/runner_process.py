@@ -66,6 +66,8 @@ class RunnerProcess:
         self._is_closed = False
         self._owed = 0
         """Answers that were not waited for."""
+        self._between = threading.Lock()
+        """Held where a run begins or ends, and by who interrupts it: an interrupt meets the run that it is meant for, or none."""
         self._interrupts: int | None = None
         """How often the run that goes on was interrupted; None between runs."""
         self._opened = 0
@@ -166,23 +168,26 @@ class RunnerProcess:
 
     def _run(self, message: Run | Step | Leave) -> Tensors | None:
         """What makes the model's own code run, until it is interrupted."""
-        self._interrupts, self.was_ended = 0, False
+        with self._between:
+            self._interrupts, self.was_ended = 0, False
         try:
             done = self.ask(message)
         finally:
-            self._interrupts = None
+            with self._between:
+                self._interrupts = None
         return None if done is None else self._in.read(done.tensors, copy=True)
 
     def interrupt(self) -> None:
         """End the run that goes on, if any; kill the process if it was told so before and did not."""
-        if self._interrupts is None:
-            return
-        self._interrupts += 1
-        if self._interrupts > 1:
-            self.kill()
-        else:
-            self.was_ended = True  # if it ends of that
-            self._popen.send_signal(signal.SIGINT)
+        with self._between:
+            if self._interrupts is None:
+                return
+            self._interrupts += 1
+            if self._interrupts > 1:
+                self.kill()
+            else:
+                self.was_ended = True  # if it ends of that
+                self._popen.send_signal(signal.SIGINT)
 
     @property
     def died_by_itself(self) -> bool:

@@ -8,7 +8,7 @@ import glob
 import importlib
 import os
 import shutil
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,14 @@ import click
 import dask.config
 import msgspec
 import psutil
+import structlog
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 from distributed import Worker
 from distributed.core import connect, rpc
 from distributed.system import MEMORY_LIMIT
 
-from tether.config import HOUSEKEEPING, ORCHESTRATOR_PORT, DataFolder, Limits
+from tether.config import HOUSEKEEPING, ORCHESTRATOR_PORT, REGION_ENV, DataFolder, Limits
 from tether.errors import ConfigError, NotWriterError, ServiceUnavailableError, from_code
 from tether.routing.table import Table
 from tether.runtimes import devices
@@ -37,21 +38,40 @@ from tether.worker.engine import Engine
 from tether.worker.footprint import default_budget
 from tether.worker.manager_blobs import ManagerBlobs
 from tether.worker.model_files import ModelFiles, load_pinned
-from tether.worker.plugin import EnginePlugin
+from tether.worker.plugin import EnginePlugin, LastingPlugin
 from tether.worker.residency import RAM
 from tether.worker.runner import default_pool
 from tether.worker.runner_limits import RunnerLimits
+from tether.worker.site import LABELS, REGION, worker_site
 
+log = structlog.get_logger("tether.worker")
 __all__ = ["Cluster", "choose_devices", "main", "make_plugin", "memory_budget"]
 
 _CONNECT = 2.0
 """Seconds: Dask tries again and again until then."""
 _ANSWER = 20.0
 """Seconds for one operation of the manager: a blob of 4 MiB over 2 Mbit/s."""
+_START = 20.0
+"""Seconds for the orchestrator to take the first worker of this process in: it may be starting, too."""
+_FAREWELL = 8.0
+"""Seconds for the lab to do without this worker once it is told to end: the supervisor gives it ten, Kubernetes thirty."""
+_LOOK = 0.1
+"""Seconds between tries to find an orchestrator that went away."""
+_REFUSED = "failure-to-start"
+_LOST = {"worker-handle-scheduler-connection-broken", "worker-heartbeat-missing", "worker-heartbeat-error", "scheduler-close", _REFUSED}
+"""Why Dask ends a worker that nobody wanted to end: the scheduler went, or forgot it, or did not take it in."""
 
 
 class _Worker(Worker):  # type: ignore[misc]  # distributed is untyped
     """Without Dask's HTTP server, which knows no callers' certificates; nothing here uses it."""
+
+    ended_for = ""
+    """Why it was closed, in Dask's words."""
+
+    async def close(self, *, reason: str = "worker-close", **options: Any) -> Any:
+        """As Dask's, but it waits for no task that still runs: the next worker is to be there soon."""
+        self.ended_for = self.ended_for or reason
+        return await super().close(reason=reason, **({"executor_wait": False} | options))
 
     def start_http_server(self, *_: Any, **__: Any) -> None:
         """Listen on nothing."""
@@ -177,7 +197,7 @@ def make_plugin(folder: DataFolder, name: str, threads: int, cluster: Cluster, b
     manager = _Manager(cluster)
     blobs = ManagerBlobs(manager.ask, manager.close)
     files = ModelFiles(folder.store, folder.replicas / name, blobs, _cache_nbytes(folder))
-    return EnginePlugin(_Engine(sockets, files, threads, budget), sockets, _nbytes("tether.worker.gpu-memory"))
+    return EnginePlugin(_Engine(sockets, files, threads, budget), sockets, _nbytes("tether.worker.gpu-memory"), worker_site(folder))
 
 
 def _cache_nbytes(folder: DataFolder) -> int:
@@ -221,9 +241,12 @@ def _warm_up() -> None:
 @click.option("--name", default="worker-1", show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8001, show_default=True)
+@click.option("--contact-address", metavar="URL", help="Where the orchestrator reaches it, where that is not tls://HOST:PORT.")
 @click.option("--gpus", default=0, show_default=True, help="GPUs to offer, as the Dask resource GPU.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run of a model  [default: as many as cores, shared].")
 @click.option("--memory-budget", "wished", metavar="BYTES", help="For models, as 4GiB  [default: 60 % of the machine's memory, shared].")
+@click.option("--region", envvar=REGION_ENV, help="Where it is, for models that are to run there  [default: as the lab].")
+@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="What it has, as gpu=a100, for models that need it.")
 @click.option("--workers-here", type=click.IntRange(1), default=1, show_default=True, help="Workers that share this machine.")
 def _command(  # noqa: PLR0913, PLR0917 (the command line's options)
     orchestrator: str,
@@ -231,13 +254,18 @@ def _command(  # noqa: PLR0913, PLR0917 (the command line's options)
     name: str,
     host: str,
     port: int,
+    contact_address: str | None,
     gpus: int,
     threads: int | None,
     wished: str | None,
+    region: str | None,
+    labels: tuple[str, ...],
     workers_here: int,
 ) -> None:
     """Run a worker: loads models and answers requests."""
     budget = memory_budget(wished, MEMORY_LIMIT, workers_here)
+    site: dict[str, Any] = {REGION: region} if region is not None else {}
+    site |= {LABELS: labels} if labels else {}
     folder = DataFolder.locate(data).create()
     choose_devices(gpus)
     security = dask_security(ensure_tls(folder.tls, "worker"))
@@ -245,37 +273,90 @@ def _command(  # noqa: PLR0913, PLR0917 (the command line's options)
     async def serve(life: Life) -> None:
         cluster = Cluster(orchestrator, security.get_connection_args("worker"))
         plugin = make_plugin(folder, name, threads or max(CPU_COUNT // workers_here, 1), cluster, budget)
-        async with _Worker(
+        make = partial(
+            _Worker,
             orchestrator,
             name=name,
             host=host,
             port=port,
+            contact_address=contact_address,
             protocol="tls",
             security=security,
             nthreads=1,
             memory_limit=0,
             resources={"GPU": gpus} if gpus else None,
-            plugins=(plugin,),
-            death_timeout=20,
+            plugins=(LastingPlugin(plugin),),
+            death_timeout=_START,
             local_directory=str(folder.runtime),
-        ) as worker:
-            life.ready(address=worker.address)
-            await asyncio.to_thread(_warm_up)
-            await _first(life.ended(), worker.finished())
+        )
+        try:
+            await _first(_told_to_end(life, plugin), _live(make, cluster, life))
+        finally:
+            await plugin.aclose()
 
-    with dask.config.set(HOUSEKEEPING | {"temporary-directory": str(folder.runtime)}):
+    with dask.config.set(HOUSEKEEPING | site | {"temporary-directory": str(folder.runtime)}):
         try:
             run_service(serve)
         finally:
             default_pool().close()
 
 
+async def _live(make: Callable[[], _Worker], cluster: Cluster, life: Life) -> None:
+    """One Dask worker after the other around the same engine, since each ends with its scheduler; until one is ended on purpose.
+
+    Dask gave up to let workers reconnect (2022), since they forgot to agree on their tasks. No request is one: gateways go on
+    sending what models here are to answer, and the next orchestrator is told what is loaded.
+    """
+    async with make() as worker:
+        life.ready(address=worker.address)
+        await asyncio.to_thread(_warm_up)
+        await worker.finished()
+    ended_for = worker.ended_for
+    while ended_for in _LOST:
+        log.warning("orchestrator away, models serve on", orchestrator=cluster.orchestrator, reason=ended_for)
+        await _reachable(cluster)
+        ended_for = await _next_life(make())
+
+
+async def _next_life(worker: _Worker) -> str:
+    """Why it ended."""
+    try:
+        await worker
+        log.info("joined again", orchestrator=worker.scheduler.address)
+        await worker.finished()
+    except (OSError, TimeoutError, RuntimeError) as error:  # RuntimeError: what kept it from starting is its cause
+        log.warning("not taken in, it is tried again", error=str(error.__cause__ or error))
+        return _REFUSED
+    finally:
+        await worker.close()
+    return worker.ended_for
+
+
+async def _reachable(cluster: Cluster) -> None:
+    """Return when the orchestrator answers. A worker of Dask's waits longer and longer between its own tries."""
+    while True:
+        with contextlib.suppress(OSError):
+            comm = await connect(cluster.orchestrator, timeout=_CONNECT, **cluster.connection_args)
+            comm.abort()
+            return
+        await asyncio.sleep(_LOOK)
+
+
+async def _told_to_end(life: Life, plugin: EnginePlugin) -> None:
+    """Return when it is told, and the lab does without it."""
+    await life.ended()
+    await plugin.drain(_FAREWELL)
+
+
 async def _first(*ends: Coroutine[Any, Any, Any]) -> None:
-    """Until the supervisor says so, or Dask closed the worker because its scheduler is gone (the supervisor then starts both anew)."""
+    """Until the supervisor says so, or the worker was ended; what ended it by an error is raised."""
     tasks = [asyncio.ensure_future(end) for end in ends]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
+    done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in others:
         task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -56,24 +56,43 @@ def test_an_outbox_gives_the_bytes_in_order_whatever_their_sizes(written, sizes)
     assert outbox.nbytes == sum(map(len, written)) - sum(map(len, taken))
 
 
+def test_a_large_piece_is_not_joined_to_the_beginning_of_the_next_one():
+    outbox, piece = Outbox(), bytes(60_000)
+    outbox.put(piece)
+    outbox.put(b"more")
+    assert outbox.take(63_000) is piece
+    assert outbox.take(63_000) == b"more"
+
+
+def test_large_runs_are_delivered_as_they_came_and_small_ones_as_one_piece():
+    receiver, runs = Receiver(), [bytes(44 * 1452), bytes(22 * 1452)]
+    receiver.accept_run(0, 44, runs[0])
+    receiver.accept_run(44, 22, runs[1])
+    assert [piece is run for piece, run in zip(receiver.take(), runs, strict=True)] == [True, True]
+    for seq in range(66, 70):
+        receiver.accept(seq, b"small")
+    assert receiver.take() == [b"small" * 4]
+    assert receiver.nbytes == 0
+
+
 @given(st.integers(1, 40), st.integers(), st.booleans())
 def test_packets_in_any_order_and_number_give_the_stream_once(count, seed, batched):
     order = random.Random(str(seed))
-    packets = [random.Random(f"{count} {index}").randbytes(index % 7 + 1) for index in range(count)]
+    packets = [random.Random(f"{count} {index}").randbytes(3 if batched else index % 7 + 1) for index in range(count)]
     receiver, got = Receiver(first=5), b""
     while not receiver.is_ended:
         start = order.randrange(count + 1)
         if start == count:
             receiver.accept(5 + count, b"", end=True)
         elif batched:
-            some = tuple(packets[start : start + order.randrange(1, 9)])
-            receiver.accept_run(5 + start, some, sum(map(len, some)))
+            some = packets[start : start + order.randrange(1, 9)]
+            receiver.accept_run(5 + start, len(some), b"".join(some))
         else:
             receiver.accept(5 + start, packets[start])
         if receiver.is_ready and order.random() < 0.5:
-            got += receiver.take()
+            got += b"".join(receiver.take())
         assert receiver.window() == WINDOW_NBYTES - receiver.nbytes
-    assert got + receiver.take() == b"".join(packets)
+    assert got + b"".join(receiver.take()) == b"".join(packets)
     assert receiver.nbytes == 0
     assert not receiver.blocks()
     assert not receiver.accept(6 + count, b"behind the end")

@@ -16,8 +16,9 @@ from tether.manager.peering.copying import Copying, agreed, labs_of
 from tether.manager.peering.feed_content import content_of
 from tether.manager.peering.group_view import Said, View, mark
 from tether.manager.peering.replication import Policy
+from tether.sites import region_name
 from tether.swarm.feeds.entries import Content, FeedModel
-from tether.types import ModelRef, model_name, region_name
+from tether.types import ModelRef, model_name
 
 __all__ = ["Agreeing"]
 

@@ -90,6 +90,7 @@ class Download:
         self._lost: dict[str, asyncio.Event] = {}
         self._asked: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._askings: Counter[int] = Counter()
+        """Index → how many peers are asked for it; only those that some are."""
         self._wake = asyncio.Event()
         self._on_came: Came = lambda _: None
         self._on_liar: Liar = lambda _, __: None
@@ -159,7 +160,7 @@ class Download:
 
     def _ask_more(self, group: asyncio.TaskGroup) -> None:
         now = _now()
-        free = [index for index in self._missing if not self._askings[index]]
+        free = self._missing.difference(self._askings)
         askings: list[Asking | None] = [*self._sources.next(free, self._sizes, now)]
         askings += [self._sources.ask(index, self._sizes[index], now) for index in self._late(now)]
         for asking in askings:
@@ -173,6 +174,8 @@ class Download:
 
     def _ended(self, asking: Asking, task: asyncio.Task[None]) -> None:
         self._askings[asking.index] -= 1
+        if not self._askings[asking.index]:
+            del self._askings[asking.index]
         if self._asked.get((asking.peer, asking.index)) is task:
             del self._asked[asking.peer, asking.index]
         self._wake.set()

@@ -113,6 +113,8 @@ class Sources:
         self._liars: set[str] = set()
         self._available = np.zeros(count, np.int32)
         self._lots = self._drawn(own)
+        self._sizes: tuple[Sequence[int], npt.NDArray[np.int64]] = ((), np.zeros(0, np.int64))
+        """Those that `next` was given, and the same as an array: it is given the same ones each time."""
 
     def _drawn(self, peer: str) -> npt.NDArray[np.float64]:
         """A lab's lots: all draw the same for it."""
@@ -171,9 +173,11 @@ class Sources:
 
     def order(self, missing: Iterable[int]) -> list[int]:
         """What is missing and somebody has, in the order in which it is to be asked for: rarest first."""
-        wanted = np.fromiter(missing, np.int64)
-        wanted = wanted[self._available[wanted] > 0]
-        return [int(index) for index in wanted[np.lexsort((self._lots[wanted], self._available[wanted]))]]
+        return list(map(int, self._ordered(np.fromiter(missing, np.int64))))
+
+    def _ordered(self, missing: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        wanted = missing[self._available[missing] > 0]
+        return wanted[np.lexsort((self._lots[wanted], self._available[wanted]))]
 
     def lacking(self, missing: Iterable[int]) -> list[int]:
         """What is missing and nobody has."""
@@ -184,11 +188,13 @@ class Sources:
     def next(self, missing: Iterable[int], nbytes: Sequence[int], now: float) -> list[Asking]:
         """All that is to be asked now. `missing`: indices that nobody is asked for; `nbytes`: of each blob of the version."""
         out: list[Asking] = []
-        wanted = np.array(self.order(missing), np.int64)
         if self._busy_at is None or self._is_busy:
             self._busy_at = now
-        by_others, by_origins = self._askable(now, np.array(nbytes, np.int64))
-        wanted = wanted[(by_others | by_origins)[wanted]]
+        free, sizes = np.fromiter(missing, np.int64), self._as_array(nbytes)
+        if not free.size or not self._has_room(int(sizes[free].min()), now):
+            return out
+        by_others, by_origins = self._askable(now, sizes)
+        wanted = self._ordered(free[(by_others | by_origins)[free]])
         if not wanted.size:
             return out
         giving = [peer for peer in self._peers.values() if peer.resting <= now and peer.has[wanted].any()]
@@ -200,6 +206,15 @@ class Sources:
             if asking is not None:
                 out.append(asking)
         return out
+
+    def _as_array(self, nbytes: Sequence[int]) -> npt.NDArray[np.int64]:
+        if self._sizes[0] is not nbytes:
+            self._sizes = (nbytes, np.array(nbytes, np.int64))
+        return self._sizes[1]
+
+    def _has_room(self, nbytes: int, now: float) -> bool:
+        """Whether any peer has: most of the time none has, for what else is looked at is too much to do for nothing."""
+        return any(peer.resting <= now and peer.has_room(nbytes) for peer in self._peers.values())
 
     def _askable(self, now: float, nbytes: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """What `ask` may ask others for, and what origins, and little else: `next` runs for each blob that comes, and few are ours.

@@ -23,6 +23,7 @@ from pathlib import Path
 from tether.store.faults import reach
 from tether.store.format.layout import BLOB_NBYTES
 from tether.store.format.packs import MAGIC, Located, index_bytes, place
+from tether.store.packing.direct import DirectWriting
 from tether.store.packing.disk import begin_sync, is_same_file, read_at, sync, sync_folder, write_at, write_halves_at, write_parts_at
 from tether.types import Digest
 
@@ -71,6 +72,8 @@ class PendingPack:
         """Whether it still takes blobs that were not planned."""
         self.is_run = False
         """Whether it is, or may be, of a run that was interrupted and goes on in it."""
+        self.is_planned = False
+        """Whether its blobs come from elsewhere, to room that was kept for them: large ones are written past the system's cache."""
         self.is_sealing = False
         """From when it is being sealed: nothing is written to it any more."""
         self.is_suspect = False
@@ -87,6 +90,7 @@ class PendingPack:
         self._opening = threading.Lock()
         self._closed = False
         self._descriptors: dict[str, int] = {}
+        self._direct: DirectWriting | None = None
 
     @classmethod
     def create(cls, journal: Path, data: Path) -> PendingPack:
@@ -115,6 +119,7 @@ class PendingPack:
             pack._end = max(pack._end, slot.offset + slot.nbytes)
             pack.slots[slot.digest] = slot
         pack.slots = {digest: slot for digest, slot in pack.slots.items() if slot.state is not State.DROPPED}
+        pack.is_planned = any(slot.state is State.ROOM for slot in pack.slots.values())
         return pack
 
     def _parse(self, record: bytes) -> Slot | None:
@@ -157,8 +162,10 @@ class PendingPack:
 
     def write(self, slot: Slot, data: bytes | memoryview, point: str) -> None:
         """Raises: OSError."""
-        write_halves_at(self._open(DATA), slot.offset, data, point)
-        self._wrote(len(data))
+        descriptor = self._open(DATA)
+        if not (self.is_planned and self._directly().write(descriptor, slot.offset, data, point)):
+            write_halves_at(descriptor, slot.offset, data, point)
+            self._wrote(len(data))
 
     def write_run(self, first: Slot, parts: Sequence[bytes | memoryview], point: str) -> None:
         """The same for blobs that lie side by side from `first` on. Raises: OSError."""
@@ -235,11 +242,23 @@ class PendingPack:
             self._closed = True
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
+            if self._direct is not None:
+                self._direct.close()
+
+    def _directly(self) -> DirectWriting:
+        with self._opening:
+            self._check_open()
+            if self._direct is None:
+                self._direct = DirectWriting(self.data)
+            return self._direct
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OSError(errno.EBADF, "it was closed")
 
     def _open(self, which: str) -> int:
         with self._opening:
-            if self._closed:
-                raise OSError(errno.EBADF, "it was closed")
+            self._check_open()
             if which not in self._descriptors:
                 path = self.data if which == DATA else self._journal
                 self._descriptors[which] = os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -29,7 +29,7 @@ _STALE = 24 * 3600.0
 _MAX_ROOM = 1 << 20
 """Blobs that room is kept for: 4 TB. A draft costs its sender a line; beyond this, blobs are taken as they come."""
 _MAX_PLANS = 64
-"""Pending packs beyond which no more room is kept: each has two descriptors."""
+"""Pending packs beyond which no more room is kept: each has three descriptors."""
 _ALONE = 64 * 1024 * 1024
 """Bytes from which a second pending pack is worth an fsync of its own; fewer are copied into the pack that is sealed anyway."""
 
@@ -98,7 +98,7 @@ class Staging:
             if not wanted or room + len(wanted) > _MAX_ROOM or len(self._packs) >= _MAX_PLANS:
                 return
             pack = self._new_pack()
-            pack.is_open = False
+            pack.is_open, pack.is_planned = False, True
             slots = [pack.reserve(*blob) for blob in wanted.values()]
             try:
                 pack.record(slots)

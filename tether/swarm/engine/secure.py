@@ -91,7 +91,8 @@ class SecureStream:
         self._sealer = Sealer(keys.send)
         self._opener: Opener | None = None
         """From its header on."""
-        self._parts: list[bytes] = []
+        self._parts: list[bytes | memoryview] = []
+        """What came and can't be read yet; not copied where it is `bytes`, which nobody changes."""
         self._nbytes = 0
         self._needed = _LENGTH
         self._wanted = True
@@ -223,13 +224,12 @@ class SecureStream:
                 return
             # Only the frame that began before is put together, what is behind it is read where it lies.
             split = self._needed - self._nbytes if self._needed > _LENGTH else len(data)
-            began, self._parts = self._parts, []
-            self._read(b"".join((*began, view[:split])))
+            self._complete(view[:split])
             view = view[split:]
         if self._closed:
             return
         if self._held():
-            self._keep(bytes(view))
+            self._keep(view)
         else:
             self._read(view)
 
@@ -267,9 +267,19 @@ class SecureStream:
         """Whether what comes is kept: nobody takes messages now. The header is read in any case."""
         return self._greeted and not self._taking
 
-    def _keep(self, rest: bytes) -> None:
+    def _complete(self, last: memoryview) -> None:
+        """The frame that began before, or at least its length, is whole with these bytes."""
+        began, self._parts = self._parts, []
+        opener, length = self._opener, self._needed - _LENGTH
+        if opener is None or not length or length > self.max_message_nbytes + SEAL_NBYTES:
+            self._read(b"".join((*began, last)))
+        else:
+            first, *more = [memoryview(part) for part in began]
+            self._open_frame(opener, first[_LENGTH:], *more, last)
+
+    def _keep(self, rest: memoryview) -> None:
         if rest:
-            self._parts = [rest]
+            self._parts = [rest if type(rest.obj) is bytes else bytes(rest)]
             self._nbytes = len(rest)
             self._needed = _LENGTH if len(rest) < _LENGTH else _LENGTH + int.from_bytes(rest[:_LENGTH], "little")
 
@@ -315,7 +325,7 @@ class SecureStream:
                 self._open_frame(self._opener, view[at : at + length])
             at += length
         if not self._closed:
-            self._keep(bytes(data[at:]))
+            self._keep(view[at:])
 
     def _meet(self, header: bytes) -> None:
         if not hmac.compare_digest(header[:_ID], self._keys.peer_id):
@@ -327,11 +337,12 @@ class SecureStream:
         if self._held():
             self._carrier.pause()
 
-    def _open_frame(self, opener: Opener, sealed: memoryview) -> None:
-        if len(sealed) < SEAL_NBYTES:
-            self._violated(f"a frame of {len(sealed)} bytes is shorter than a seal")
+    def _open_frame(self, opener: Opener, *sealed: memoryview) -> None:
+        nbytes = sum(map(len, sealed))
+        if nbytes < SEAL_NBYTES:
+            self._violated(f"a frame of {nbytes} bytes is shorter than a seal")
             return
-        opened = opener.open(sealed)
+        opened = opener.open(*sealed)
         if opened is None:
             self._violated("a frame was altered on its way, or sealed with another key")
             return

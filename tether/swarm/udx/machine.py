@@ -211,15 +211,16 @@ class Machine:
 
     def receive_run(self, run: Run, nbytes: int) -> None:
         """Data packets with one number after the other; `nbytes`: of all, headers included."""
-        _, window, low_first, _, low_ack, payloads = run
-        self._hear(nbytes, len(payloads))
+        _, window, low_first, low_last, low_ack, data = run
+        count = low_last - low_first + 1
+        self._hear(nbytes, count)
         if self.is_over:
             self._owes_word = True
             return
         first = wire.unwrap(self.receiver.next, low_first)
         self._owes_ack = True
-        self.receiver.accept_run(first, payloads, nbytes - wire.HEADER_NBYTES * len(payloads))
-        self._note_ack(wire.unwrap(self.sender.flight.una, low_ack), window, first + len(payloads) - 1, [])
+        self.receiver.accept_run(first, count, data)
+        self._note_ack(wire.unwrap(self.sender.flight.una, low_ack), window, first + count - 1, [])
 
     def turn(self, now: float) -> list[Event]:
         """What the application is to know, in order."""
@@ -273,7 +274,7 @@ class Machine:
     def _deliver(self, events: list[Event]) -> None:
         receiver = self.receiver
         if not self._is_paused and receiver.is_ready:
-            events.append(Data(receiver.take()))
+            events += map(Data, receiver.take())
         if receiver.is_ended and not receiver.is_ready and not self._told_end:
             self._told_end = True
             events.append(Ended())

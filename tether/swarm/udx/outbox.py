@@ -8,6 +8,9 @@ from tether.swarm.udx.wire import Buffer
 
 __all__ = ["Outbox"]
 
+_LARGE_NBYTES = 1 << 15
+"""From which on a piece that is nearly what was asked for is given as it is: what follows it would have to be joined to it."""
+
 
 class Outbox:
     """A queue of bytes that remembers how they came and gives them out in any size."""
@@ -25,9 +28,9 @@ class Outbox:
         self.nbytes += len(data)
 
     def take(self, nbytes: int) -> Buffer:
-        """The next bytes, at most `nbytes`: without a copy where one piece holds them."""
+        """The next bytes, at most `nbytes`: without a copy where one piece holds them, or, of many, nearly so many; then a few less."""
         first = self._part(nbytes)
-        if len(first) == nbytes or not self._pieces:
+        if len(first) == nbytes or not self._pieces or len(first) >= max(_LARGE_NBYTES, nbytes - nbytes // 16):
             return first
         parts = [first]
         missing = nbytes - len(first)

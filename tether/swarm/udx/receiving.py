@@ -19,6 +19,8 @@ _MAX_AHEAD = 65_536
 """libudx acknowledges no packet further ahead; without a bound a stranger's sequence numbers would be memory."""
 _MAX_HELD = 16_384
 """Packets held out of order: small ones cost more than their bytes."""
+_LARGE_NBYTES = 1 << 14
+"""On the average, from which on pieces are delivered one by one: a callback costs what joining so many bytes does."""
 _MANY_PIECES = 4096
 """Waiting pieces that are joined to one: a paused stream of two-byte packets would take thirty times its bytes."""
 
@@ -91,25 +93,27 @@ class Receiver:
             self._close_hole()
         return True
 
-    def accept_run(self, seq: int, payloads: tuple[bytes, ...], nbytes: int) -> None:
-        """Take packets with one number after the other, as `accept` for each, but at once; `nbytes` is the sum of their sizes."""
-        end = seq + len(payloads)
+    def accept_run(self, seq: int, count: int, data: bytes) -> None:
+        """Take packets of one size, with one number after the other, as `accept` for each, but at once; `data`: all their payloads."""
+        end, nbytes = seq + count, len(data)
         plain = self._end is None and self._ready_nbytes + self._held_nbytes + nbytes <= self.limit + _SLACK_NBYTES
         if plain and seq == self.next and (not self._held or self._ranges.first >= end):
             self.next = end
-            self._keep(payloads, nbytes)
+            self._keep((data,) if data else (), nbytes)
             self._close_hole()
-        elif not (plain and self._hold_run(seq, end, payloads, nbytes)):
+            return
+        each = nbytes // count
+        payloads = tuple(data[at * each : (at + 1) * each] for at in range(count))
+        if not (plain and self._hold_run(seq, end, payloads, nbytes)):
             for index, payload in enumerate(payloads):
                 self.accept(seq + index, payload)
 
-    def take(self) -> bytes:
-        """All that is ready, as one piece; it is the application's from here on."""
-        ready = self._ready
-        data = ready[0] if len(ready) == 1 else b"".join(ready)
+    def take(self) -> list[bytes]:
+        """All that is ready, as one piece, or as large ones that need not be copied; they are the application's from here on."""
+        ready, nbytes = self._ready, self._ready_nbytes
         self._ready = []
         self._ready_nbytes = 0
-        return data
+        return ready if nbytes >= len(ready) * _LARGE_NBYTES else [b"".join(ready)]
 
     def blocks(self) -> list[tuple[int, int]]:
         """What to report above the ack. Of more than a packet can name each call names the next ones: the peer adds them up."""

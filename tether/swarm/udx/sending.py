@@ -288,18 +288,19 @@ class Sender:
             return 0
         if padding:
             self._send_probe(padding, now)
-        else:
-            self._send(self._outbox.take(count * payload), count, now)
-        return count
+            return count
+        return self._send(self._outbox.take(count * payload), now)
 
-    def _send(self, data: Buffer, count: int, now: float) -> None:
+    def _send(self, data: Buffer, now: float) -> int:
         flight, receiver, payload = self.flight, self._receiver, self.mtu.payload_nbytes
+        count = -(-len(data) // payload)
         packets = wire.build_batch((self.remote_id, receiver.window(), flight.next, receiver.next), data, payload)
         batch = Batch(flight.next, count, packets, self.path, now)
         if count > 1:
             batch.nbytes = payload + wire.HEADER_NBYTES
         batch.payload_nbytes, batch.data_nbytes = payload, len(data)
         self._launch(batch)
+        return count
 
     def _send_probe(self, padding: int, now: float) -> None:
         flight, receiver, payload = self.flight, self._receiver, self.mtu.payload_nbytes

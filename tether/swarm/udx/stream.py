@@ -199,7 +199,7 @@ class UdxStream:
         self._arm()
 
     def pause(self) -> None:
-        """No `on_data` until `resume`; the peer may send what the window holds, 4 MiB, and then waits."""
+        """No `on_data` until `resume`, but for what is being delivered; the peer may send what the window holds, 4 MiB, and then waits."""
         self.machine.pause()
 
     def resume(self) -> None:

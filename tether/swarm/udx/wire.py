@@ -61,13 +61,13 @@ _HALF = 0x80000000
 Buffer = bytes | bytearray | memoryview
 Header = tuple[int, int, int, int, int, int, int, int]
 """Magic, version, flags, data offset, stream id, window, seq, ack; the last four are 32 bits of larger numbers."""
-Run = tuple[int, int, int, int, int, tuple[bytes, ...]]
-"""Packets of one stream: id, window, seq of the first, seq of the last, ack, payloads; window and ack are the last one's."""
+Run = tuple[int, int, int, int, int, bytes]
+"""Packets of one stream and size: id, window, seq of the first, seq of the last, ack, payloads; window and ack are the last one's."""
 
 
 @lru_cache(256)  # a struct of 60 packets has 11 KB: a stranger who varies sizes must not fill memory with them
-def _run_struct(nbytes: int, count: int) -> struct.Struct:
-    return struct.Struct("<" + f"IIIII{nbytes - HEADER_NBYTES}s" * count)
+def _heads_struct(nbytes: int, count: int) -> struct.Struct:
+    return struct.Struct("<" + f"IIIII{nbytes - HEADER_NBYTES}x" * count)
 
 
 @lru_cache(256)
@@ -110,13 +110,21 @@ def payload_of(datagram: Buffer, header: Header) -> bytes | None:
 
 def parse_run(buffer: Buffer, nbytes: int, count: int) -> Run | None:
     """What `count` packets of `nbytes` each carry if all are plain data of one stream with one number after the other, else None."""
-    fields = _run_struct(nbytes, count).unpack_from(buffer)
+    fields = _heads_struct(nbytes, count).unpack_from(buffer)
     if fields[0] != _PLAIN_DATA:
         return None
-    stream_id, seq, last = fields[1], fields[3], 6 * (count - 1)
-    if fields[3::6] != tuple(range(seq, seq + count)) or fields[0::6].count(_PLAIN_DATA) != count or fields[1::6].count(stream_id) != count:
+    stream_id, seq, last = fields[1], fields[3], 5 * (count - 1)
+    if fields[3::5] != tuple(range(seq, seq + count)) or fields[0::5].count(_PLAIN_DATA) != count or fields[1::5].count(stream_id) != count:
         return None
-    return stream_id, fields[last + 2], seq, seq + count - 1, fields[last + 4], fields[5::6]
+    return stream_id, fields[last + 2], seq, seq + count - 1, fields[last + 4], _payloads(buffer, nbytes, count)
+
+
+def _payloads(buffer: Buffer, nbytes: int, count: int) -> bytes:
+    """One piece of all, copied at once: as many pieces as packets cost more to make, to join and to give back than to copy."""
+    if count >= _MANY:
+        return np.frombuffer(buffer, np.uint8, count * nbytes).reshape(count, nbytes)[:, HEADER_NBYTES:].tobytes()
+    view = memoryview(buffer)
+    return b"".join([view[at + HEADER_NBYTES : at + nbytes] for at in range(0, count * nbytes, nbytes)])
 
 
 def parse_last_ack(buffer: Buffer, count: int) -> Header | None:
