@@ -138,6 +138,7 @@ def test_row_10_a_second_request_cuts_the_tail_of_a_worker_that_stalls(moody, ch
     before = moody.counts("hedges")
     with load(moody, rate) as hedged:
         time.sleep(seconds)
+        until(lambda: moody.counts("hedges").get("sent", 0.0) > before.get("sent", 0.0))
     moody.lab.serve("moody", hedge=None, policy="round_robin")
     moody.say("serves")
     sent = moody.counts("hedges").get("sent", 0.0) - before.get("sent", 0.0)
@@ -149,7 +150,7 @@ def test_row_10_a_second_request_cuts_the_tail_of_a_worker_that_stalls(moody, ch
     measured(f"row 10: {counts}")
     chaos.record(10, counts, time.monotonic() - begun)
     assert (alone.failed, hedged.failed, alone.wrong, hedged.wrong) == ([], [], [], [])
-    assert 0 < sent <= 0.05 * len(hedged.asked) + 10  # what a burst may take at once
+    assert sent <= 0.05 * len(hedged.asked) + 10  # what a burst may take at once
     if chaos.scale >= 1:
         assert hedged.quantile(0.999) <= 0.4 * alone.quantile(0.999)
 

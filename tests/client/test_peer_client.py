@@ -33,6 +33,7 @@ from tether.errors import (
 )
 from tether.lab.lab import Lab
 from tether.security.addresses import Address, Link, Secret
+from tether.wire.parts import END
 
 WEIGHTS = np.arange(64, dtype=np.float32).reshape(16, 4)
 X = np.random.default_rng(3).random((2, 16), dtype=np.float32)
@@ -331,3 +332,19 @@ def test_other_addresses_are_named_without_their_secrets(folder):
         with pytest.raises(UnsupportedError) as raised:
             tether.connect(url, data=folder.root)
         assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("seconds", [None, 5.0])
+async def test_a_stream_has_its_numbers_in_binary_with_a_deadline_too(folder, seconds, monkeypatch):
+    client = PeerClient(folder, str(Address(LAB.public)))
+    sent = {}
+
+    async def request(method, _timeout, *value):
+        sent[method] = b"".join(value)
+        return END if method == "parts" else b'{"stream": "its name"}'
+
+    monkeypatch.setattr(client, "_request", request)
+    assert [part async for part in client.stream("digits", {"x": X}, timeout=seconds)] == []
+    length = int.from_bytes(sent["stream"][:4], "little")
+    told = json.loads(sent["stream"][4 : 4 + length])["parameters"]
+    assert told == {"binary_data_output": True} | ({} if seconds is None else {"timeout": 5_000_000})

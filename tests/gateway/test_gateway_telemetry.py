@@ -1,16 +1,18 @@
 """What an operator sees of requests: metrics that callers can't swell, an access log that never holds a key."""
 
 import asyncio
+import itertools
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from gateway_rig import AUTH, KEY, ask, infer_body, running, until
+from gateway_rig import AUTH, KEY, ask, infer_body, make_table, running, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from tether.errors import ServiceUnavailableError
-from tether.gateway.door import Settings
+from tether.gateway.door import Door, Settings
 from tether.ports import HopReply
 from tether.telemetry.accesslog import Access, AccessLog
 from tether.telemetry.metrics import UNKNOWN, RequestMetrics
@@ -48,6 +50,14 @@ def test_names_that_callers_invent_make_no_series(gateway):
     after = samples(gateway)
     assert count(after, "-", "-", "404") - count(before, "-", "-", "404") == 20
     assert not [key for key in after if "invented" in str(key)]
+
+
+def test_spellings_of_a_version_that_callers_invent_are_not_kept():
+    door = Door(SimpleNamespace(table=make_table()), Settings())
+    zeros = "0\u0660\u06f0\u07c0\u0966\u09e6\u0a66\u0ae6"
+    spelt = {id(door.series(("ident", "".join(spelling) + "1"))) for spelling in itertools.product(zeros, repeat=5)}
+    assert len(spelt) == 1
+    assert len(door._series) <= len(zeros) ** 5 / 8
 
 
 def test_a_request_that_waits_is_in_flight():

@@ -1,11 +1,14 @@
 """What a gateway makes of a rollout that is asked for, and how it describes one."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 from msgspec import structs
 
 from tether.errors import BadInputError, ConflictError, NotFoundError
-from tether.gateway.rolling import begun, described
-from tether.routing.table import Canary, ModelEntry, VersionEntry
+from tether.gateway.rolling import ROLLING, begun, described
+from tether.routing.table import Canary, ModelEntry, Table, VersionEntry
 from tether.serving_settings import DEFAULTS, Rollout, ServingSettings
 from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec
 
@@ -75,3 +78,16 @@ def test_it_is_described_by_what_gateways_do(canary, ended, state):
 def test_where_there_was_none_it_is_said_how_to_begin():
     with pytest.raises(NotFoundError, match="tether rollout digits VERSION"):
         described(entry())
+
+
+async def test_what_is_written_while_the_orchestrator_is_away_is_told_as_it_was_written():
+    async def durable(name, changes):
+        written.append((name, changes["rollout"]["version"], changes["rollout"].get("state", "running")))
+
+    written, begin, end = [], ROLLING[0], ROLLING[2]
+    dispatcher = SimpleNamespace(table=Table(1, {"digits": entry()}), management=SimpleNamespace(set_serving=durable))
+    call = SimpleNamespace(door=SimpleNamespace(dispatcher=dispatcher), path={"name": "digits"}, body=b'{"version": 2}')
+    assert json.loads((await begin.handle(call)).body)["state"] == "loading"
+    dispatcher.table = Table(2, {"digits": entry(Rollout(2, 1, begun=5.0))})
+    assert json.loads((await end.handle(call)).body)["state"] == "aborted"
+    assert written == [("digits", 2, "running"), ("digits", 2, "aborted")]

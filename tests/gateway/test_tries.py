@@ -6,11 +6,13 @@ import json
 import time
 
 import pytest
-from dispatch_rig import PROMPT, VERSION, Doubling, Rig, eventually, said, table
+from dispatch_rig import PROMPT, VERSION, Doubling, Rig, body, eventually, said, table
 from msgspec import structs
 
 from tether.errors import InternalError, ModelFailedError
+from tether.gateway.parts import Parts
 from tether.ports import Hop
+from tether.routing.health import ERRORS
 from tether.routing.lab_events import Kind
 from tether.routing.table import WorkerEntry
 from tether.serving_settings import ServingSettings
@@ -205,3 +207,30 @@ async def test_the_orchestrator_is_told_each_second_what_became_of_requests_and_
     await eventually(lambda: rig.dispatch._traffic._telling is None)
     assert sum(load.versions[VERSION].answered for load in rig.control.loads) == 5
     assert not cancelled.done()
+
+
+async def test_a_stream_that_its_reader_leaves_is_no_verdict_on_its_worker(rig):
+    for model in pair(rig):
+        await answers(rig, [1])
+        model.gate.clear()
+    steering = rig.dispatch._traffic._versions[VERSION].steering
+    track, long_ago = steering.health.own[0], time.monotonic() - 3600.0
+    for _ in range(ERRORS):
+        steering.health.failed(track, long_ago)
+    cancel = rig.dispatch.stream("m", None, Hop(body(1), 0, PROMPT), Parts(None), print)
+    assert (track.is_out, track.is_probed) == (True, True)
+    (call,) = rig.dispatch._open
+    call.live[0].sent = long_ago
+    cancel()
+    assert (track.is_out, track.is_probed) == (True, False), "another request can be its probe"
+    assert track.latency < PROMPT
+
+
+async def test_the_orchestrator_is_told_of_requests_that_the_gateway_had_no_room_for(rig):
+    pair(rig)
+    assert await answers(rig, [1]) == [[2.0]]
+    backlog = rig.dispatch._shedding._backlogs[VERSION]
+    backlog.open, backlog.rate, backlog.longest = 10_000, 10.0, PROMPT
+    assert await answers(rig, [1, 2, 3]) == [(503, "queue_full")] * 3
+    await eventually(lambda: sum(load.versions[VERSION].refused for load in rig.control.loads) == 3)
+    assert sum(load.versions[VERSION].answered for load in rig.control.loads) == 1

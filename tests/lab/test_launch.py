@@ -26,6 +26,7 @@ from tether.lab import launch as launching
 from tether.lab import supervisor as supervising
 from tether.lab.cards import gpu_count
 from tether.lab.launch import Running, UpSettings, launch, running, settled
+from tether.lab.nursery import Nursery
 from tether.lab.ports import PortPicker, claimed_file
 from tether.lab.processes import Process, ServiceSpec
 from tether.lab.supervisor import LAB_FILE, LOCK_FILE, Supervisor
@@ -56,9 +57,9 @@ def service(tmp_path, monkeypatch):
 
 @contextlib.asynccontextmanager
 async def kept(log, on_change=lambda: None, role="worker"):
-    """A service under its keeper; it is stopped at the end."""
+    """A service under its keeper, started as where nothing can be forked; it is stopped at the end."""
     lifeline, hold = os.pipe()
-    process = Process(ServiceSpec("one", role, []), log, lifeline, on_change)
+    process = Process(ServiceSpec("one", role, []), log, lifeline, on_change, Nursery(log, log.parent))
     process.start()
     try:
         async with asyncio.timeout(20):
@@ -166,7 +167,8 @@ async def test_a_supervisor_stops_every_role_whatever_one_of_them_does(tmp_path,
 
     supervisor = Supervisor(UpSettings(data))
     async with contextlib.AsyncExitStack() as stack:
-        door = Stubborn(ServiceSpec("gateway", "gateway", []), tmp_path / "log", supervisor._lifeline, supervisor._write_state)
+        spec, nursery = ServiceSpec("gateway", "gateway", []), Nursery(tmp_path / "log", tmp_path)
+        door = Stubborn(spec, tmp_path / "log", supervisor._lifeline, supervisor._write_state, nursery)
         door.start()
         worker = await stack.enter_async_context(kept(tmp_path / "log"))
         supervisor._processes = [door, worker]

@@ -1,6 +1,7 @@
 """Services that are forked from a process which has imported what they share."""
 
 import asyncio
+import json
 import os
 import signal
 
@@ -10,8 +11,10 @@ from conftest import until
 
 from tether._version import __version__
 from tether.config import DataFolder
+from tether.lab import nursery as nursery_module
 from tether.lab.launch import running
 from tether.lab.nursery import Birth, Nursery
+from tether.telemetry.service import READY_ENV
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="services are forked on Linux only")
 
@@ -56,6 +59,48 @@ async def test_a_stop_in_the_middle_leaves_no_answer_for_the_next_one(nursery):
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert await nursery.born(birth) is None
+
+
+async def test_where_it_can_not_be_opened_nothing_comes(tmp_path):
+    nursery = Nursery(tmp_path / "no such folder" / "log", tmp_path)
+    nursery.open()
+    assert await nursery.born(Birth(["--version"], {}, {1: 1, 2: 2})) is None
+    nursery.close()
+
+
+async def test_who_waits_when_it_closes_hears_of_it(nursery):
+    waiting = [asyncio.ensure_future(nursery.born(Birth(["--version"], {}, {1: 1, 2: 2}))) for _ in range(2)]
+    await asyncio.sleep(0)
+    nursery.close()
+    assert await asyncio.wait_for(asyncio.gather(*waiting), 30) == [None, None]
+
+
+async def test_who_gives_up_before_it_was_asked_takes_it_from_nobody(nursery, tmp_path):
+    asked = asyncio.ensure_future(told(nursery, tmp_path / "a", "--version"))
+    await asyncio.sleep(0)
+    behind = asyncio.ensure_future(nursery.born(Birth(["--version"], {}, {1: 1, 2: 2})))
+    await asyncio.sleep(0)
+    behind.cancel()
+    assert await asked == await told(nursery, tmp_path / "b", "--version")
+
+
+async def test_one_that_hangs_is_waited_for_only_so_long(nursery, tmp_path, monkeypatch):
+    await told(nursery, tmp_path / "a", "--version")
+    os.kill(nursery._zygote.pid, signal.SIGSTOP)
+    monkeypatch.setattr(nursery_module, "_PATIENCE", 0.1)
+    assert await asyncio.wait_for(nursery.born(Birth(["--version"], {}, {1: 1, 2: 2})), 30) is None
+
+
+async def test_a_descriptor_may_have_any_number(nursery, tmp_path):
+    number = int(nursery._zygote.args[3])
+    read, write = os.pipe()
+    with os.fdopen(read) as ready, (tmp_path / "out").open("wb") as out:
+        arguments = ["manager", "--alone", "--no-swarm", "--idle", "0", "--data", str(tmp_path / "data")]
+        child = await nursery.born(Birth(arguments, {READY_ENV: str(number)}, {1: out.fileno(), 2: out.fileno(), number: write}))
+        os.close(write)
+        line = await asyncio.to_thread(ready.readline)
+        assert json.loads(line or "{}") == {"pid": child.pid}, (tmp_path / "out").read_text()
+        await asyncio.wait_for(child.wait(), 60)
 
 
 def test_each_service_of_a_lab_is_called_by_its_name(lab):

@@ -44,6 +44,30 @@ def test_what_can_not_be_rolled_out_is_said(rolled):
         rolled.rollout("rolled", 1)
     with pytest.raises(BadInputError, match="ascending"):
         rolled.rollout("rolled", 2, steps=(1.0, 0.5))
+    for nonsense in (
+        {"steps": 5},
+        {"steps": "abc"},
+        {"every": float("nan")},
+        {"every": -1},
+        {"shadow": "x"},
+        {"requests": -1},
+        {"slower": 1},
+    ):
+        with pytest.raises(BadInputError):
+            rolled.rollout("rolled", 2, **nonsense)
+
+
+@pytest.mark.parametrize("nonsense", [float("nan"), -1.0, "soon", None])
+def test_what_is_no_time_to_wait_is_said_and_nothing_is_done(rolled, nonsense):
+    before = rolled.workers
+    for ask in (rolled.drain, rolled.restart):
+        with pytest.raises(BadInputError, match="patience must be"):
+            ask("worker-1", patience=nonsense)
+    with pytest.raises(BadInputError, match="timeout must be"):
+        rolled.restart("worker-1", timeout=nonsense)
+    assert {name: (each.state, each.pid) for name, each in rolled.workers.items()} == {
+        name: (each.state, each.pid) for name, each in before.items()
+    }
 
 
 def test_a_version_is_rolled_out_shown_stopped_and_promoted(rolled, tell):

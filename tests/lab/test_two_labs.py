@@ -119,6 +119,7 @@ def test_a_colleague_reads_an_answer_while_it_is_made(hers, tmp_path):
         until(lambda: not in_flight(hers, "counter"))
         with pytest.raises(UnknownModelError):
             list(lab.stream("digits", np.array([1])))
+    hers.delete("counter", 1)  # code, which a follower of all models would have to trust
 
 
 def test_what_is_taken_back_ends_within_a_second(hers, tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 
+import aiohttp
 import pytest
 
 from tether.errors import MalformedRequestError, QueueFullError, StreamLostError
@@ -18,7 +19,10 @@ class Content:
         self.left = asyncio.Event()
 
     async def readany(self):
-        return await self.pieces.get()
+        piece = await self.pieces.get()
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
 
     @contextlib.asynccontextmanager
     async def answer(self):
@@ -72,6 +76,35 @@ async def test_a_peer_has_so_many_open_and_no_more(streams):
     with pytest.raises(QueueFullError, match="16 of your streams"):
         await opened(streams)
     await opened(streams, "her")
+
+
+async def test_those_that_the_gateway_has_not_answered_count_too(streams):
+    never = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def unanswered():
+        await never.wait()
+        yield Content()
+
+    waiting = [asyncio.create_task(streams.open("him", "digits", unanswered())) for _ in range(16)]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFullError, match="16 of your streams"):
+        await opened(streams)
+    await opened(streams, "her")
+    for opening in waiting:
+        opening.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await opened(streams)
+
+
+async def test_one_whose_gateway_goes_away_is_lost(streams):
+    content, name = await opened(streams)
+    content.pieces.put_nowait(aiohttp.ClientPayloadError("Response payload is not completed"))
+    with pytest.raises(StreamLostError, match="gateway went away"):
+        await streams.find("him", name).read(5.0)
+    assert content.left.is_set()
+    with pytest.raises(StreamLostError):
+        streams.find("him", name)
 
 
 async def test_what_nobody_asks_for_ends(streams, monkeypatch):

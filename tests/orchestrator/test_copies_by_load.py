@@ -1,9 +1,14 @@
 """Copies follow load within what was said, workers are chosen by region and label, and `explain` says why."""
 
+from dataclasses import replace
+
+import pytest
+
 from tether.events import (
     CatalogChanged,
     CatalogModel,
     GatewayLoad,
+    Holding,
     Loaded,
     LoadFailed,
     ModelWanted,
@@ -13,7 +18,7 @@ from tether.events import (
     WorkerLeft,
 )
 from tether.orchestrator.need import KEEP
-from tether.orchestrator.state import ControlState, Load, Unload
+from tether.orchestrator.state import Configure, ControlState, Load, Unload
 from tether.serving_settings import DEFAULTS, ServingSettings
 from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId, WorkerMemory, WorkerSite
 
@@ -98,6 +103,30 @@ def test_what_may_go_goes_when_nobody_asks_and_comes_again_with_a_request():
     assert len(lab.holders) == 0
     lab.tell(ModelWanted(DIGITS))
     assert len(lab.holders) == 1
+
+
+def held(number, serving):
+    """A worker that went on without an orchestrator."""
+    return replace(worker(number), holdings=(Holding(DIGITS, f"/s/{number}", serving),))
+
+
+@pytest.mark.parametrize("serving", [ServingSettings(min_copies=1, max_copies=4), ServingSettings(min_copies=0, max_copies=3, spare=True)])
+@pytest.mark.parametrize("is_catalog_first", [True, False])
+def test_a_new_orchestrator_frees_nothing_that_serves_before_it_knows_the_load(serving, is_catalog_first):
+    state, there = ControlState(), [held(number, serving) for number in range(1, 5)]
+    events = [catalog(serving), *there] if is_catalog_first else [*there, catalog(serving)]
+    told = [each for event in (*events, worker(5)) for each in state.handle(event, 100.0)]
+    assert [each for each in told if isinstance(each, Load | Unload | Configure)] == []
+    freed = [each for second in range(0, 70, 2) for each in state.handle(Tick(), 100.0 + second) if isinstance(each, Unload)]
+    assert len(freed) == 4 - serving.copies(0, 2)
+    assert not state.unsettled
+
+
+def test_workers_serve_as_they_were_told_while_no_manager_says_how():
+    state = ControlState()
+    assert [each for each in state.handle(held(1, ServingSettings(pinned=True)), 0.0) if isinstance(each, Configure)] == []
+    (told,) = [each for each in state.handle(catalog(ServingSettings(max_delay=0.1)), 1.0) if isinstance(each, Configure)]
+    assert told.serving == ServingSettings(max_delay=0.1)
 
 
 def test_a_spare_is_one_more_than_load_needs_on_another_host():

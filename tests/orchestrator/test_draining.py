@@ -1,5 +1,9 @@
 """Workers that are to take no more requests, and rollouts, as the control plane carries them out."""
 
+import asyncio
+
+import msgspec
+import pytest
 from msgspec import structs
 
 from tether.events import (
@@ -18,9 +22,11 @@ from tether.events import (
     WorkerLeft,
     WorkerSilent,
 )
+from tether.orchestrator import rolling
 from tether.orchestrator.instructions import Configure, EndRollout, Load, Push, Unload
+from tether.orchestrator.rolling import Rolling
 from tether.orchestrator.state import ControlState
-from tether.routing.table import Canary
+from tether.routing.table import Canary, WorkerEntry
 from tether.serving_settings import DEFAULTS, Rollout, ServingSettings
 from tether.types import Digest, ModelInfo, ModelVersion, TensorSpec, WorkerId
 
@@ -192,3 +198,48 @@ def test_a_version_that_is_taken_back_while_a_worker_loads_it_is_freed_when_that
     lab.say(catalog(1, 2, rollout=structs.replace(ROLLOUT, state="aborted")))
     (unload,) = of(lab.say(Loaded(load.address, load.pid, load.model, "/x")), Unload)
     assert (unload.address, unload.model, lab.routes(2)) == (load.address, version(2), [])
+
+
+def test_a_version_that_failed_before_is_tried_anew_when_it_is_rolled_out():
+    lab = Lab(1)
+    lab.tarries = True
+    (load,) = of(lab.say(ModelWanted(version(2))), Load)
+    lab.say(LoadFailed(load.address, load.pid, load.model, "bad_model", "no such package"))
+    assert lab.state.table.models["digits"].versions[2].state == "failed"
+    lab.tarries = False
+    told = lab.say(catalog(1, 2, rollout=ROLLOUT))
+    assert [load.model for load in of(told, Load)] == [version(2)]
+    assert of(lab.passes(1) + lab.passes(1), EndRollout) == []
+    assert lab.state.table.models["digits"].versions[1].canary == Canary(2, 0.5)
+
+
+class Stopped:
+    """A worker that hears nothing."""
+
+    async def tether_end(self):
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+def asked():
+    """A control plane of two workers, what people can have it do, and how it says that something changed."""
+    lab, changed = Lab(2), asyncio.Condition()
+    return lab, Rolling(lab.state, lab.say, lambda _address: Stopped(), changed, lambda: True).handlers(), changed
+
+
+async def test_a_worker_that_falls_silent_while_it_is_drained_may_have_requests_still(asked):
+    lab, ask, changed = asked
+    lab.say(WorkerSilent("tls://w1"))
+    answer = asyncio.ensure_future(ask["tether_drain"]("w1", 30.0, 30.0))
+    await asyncio.sleep(0.0)  # it begins
+    lab.say(WorkerBack("tls://w1"))
+    async with changed:
+        changed.notify_all()
+    assert msgspec.msgpack.decode((await answer)["worker"], type=WorkerEntry).state == "drained"
+
+
+async def test_a_worker_that_does_not_hear_that_it_is_to_end_is_named(asked, monkeypatch):
+    monkeypatch.setattr(rolling, "_PROMPT", 0.01)
+    _, ask, _ = asked
+    code, message = (await ask["tether_restart"]("w1"))["error"]
+    assert (code, "w1 does not answer" in message, "10, by hand" in message) == ("service_unavailable", True, True)

@@ -85,3 +85,13 @@ def test_whom_nobody_is_to_miss_any_more_goes_on_and_whom_a_person_drained_does_
     lab.leaving(3)
     assert {each.worker for each in lab.state.overview.staff() if each.is_leaving} == {"w1"}
     assert len(lab.holders) == 2
+
+
+def test_dasks_own_rule_may_not_end_all_that_have_a_version_at_once():
+    lab = Lab()
+    assert lab.state.overview.dispensable(["w1", "w2", "w3"]) == {"w1", "w3"}
+    assert lab.state.overview.dispensable(["w2"]) == {"w2"}, "one that runs something is not asked for"
+    lab.tell(DrainAsked(WorkerId("w2"), 0.0))
+    assert lab.state.overview.dispensable(["w2"]) == set(), "it answers what it has"
+    lab.answer()
+    assert "w2" in lab.state.overview.dispensable(["w2", "w1", "w3"])

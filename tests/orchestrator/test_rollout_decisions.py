@@ -159,6 +159,14 @@ def test_a_step_lasts_until_the_new_one_answered_as_many_as_were_asked_for():
     assert lab.canary.weight == 0.5
 
 
+def test_a_rollout_of_days_keeps_what_the_new_version_did_and_no_more_of_the_old_one_than_a_while():
+    lab = Lab(structs.replace(ASKED, every=1e6)).loaded()
+    lab.passes(2, load(1, worse=1), load()).passes(3000, None, load()).passes(1, load(1, worse=1), load())
+    (trial,) = lab.rollouts._trials.values()
+    assert len(trial._seen) <= 122
+    assert lab.reason[1].startswith("3 of 6 requests failed")
+
+
 def test_nobody_asks_and_it_is_promoted_all_the_same():
     assert Lab().loaded().passes(30).reason == ("promoted", "")
 
@@ -174,6 +182,28 @@ def test_what_is_never_loaded_goes_back():
     lab = Lab()
     lab.states[NEW] = VersionEntry(NEW, INFO, "unloaded", (), "memory_full: no room")
     assert lab.passes(601).reason == ("reverted", "it was not loaded within 600 s: memory_full: no room")
+
+
+def test_a_version_that_no_worker_has_any_more_is_not_promoted_until_one_has_it_again():
+    lab = Lab(structs.replace(ASKED, steps=(0.5,))).loaded()
+    lab.states[NEW] = VersionEntry(NEW, INFO, "loading")
+    assert lab.passes(60).ended == []
+    assert lab.loaded().reason == ("promoted", "")
+
+
+def test_a_version_that_no_worker_gets_again_goes_back():
+    lab = Lab().loaded()
+    lab.states[NEW] = VersionEntry(NEW, INFO, "loading")
+    assert lab.passes(601).reason[0] == "reverted"
+
+
+def test_a_version_that_is_deleted_before_the_name_means_it_ends_the_rollout():
+    lab = Lab().loaded().passes(30)
+    (promoted,) = lab.ended
+    lab.rollouts.follow(catalog(numbers=(1,)), lab.now)
+    lab.look()
+    assert [each.rollout.state for each in lab.ended] == ["promoted", "aborted"]
+    assert (lab.rollouts.is_due(promoted), lab.rollouts.is_due(lab.ended[1]), lab.canary) == (False, True, None)
 
 
 def test_somebody_stops_it():

@@ -5,7 +5,9 @@ import random
 
 import pytest
 
+from tether.errors import ConfigError
 from tether.events import GatewayLoad, VersionLoad
+from tether.orchestrator.adaptive import Adaptive
 from tether.orchestrator.scaling import Batch, Gauge, Pressure, Scaler, Staff, leaving
 from tether.types import Digest, ModelVersion
 
@@ -118,6 +120,25 @@ def test_those_that_there_are_stay_until_something_is_known():
     scaler = Scaler()
     said = [scaler.look(Pressure(1.0), 4, float(second)) for second in range(310)]
     assert (said[0], said[60], said[61], said[299], said[300]) == (4, 4, 1, 1, 0)
+
+
+def test_those_that_come_back_to_a_new_orchestrator_stay_as_long():
+    scaler = Scaler()
+    said = [scaler.look(Pressure(1.0), there, 1.0 + second) for second, there in enumerate([0, 1, 4] + 60 * [4])]
+    assert (said[:3], said[60], said[61]) == ([1, 1, 4], 4, 1)
+
+
+def test_what_a_worker_did_while_nobody_looked_is_no_work_of_now():
+    gauge = Gauge()
+    gauge.look({}, 0.0)
+    assert gauge.look({"w1": 20_000.0, "w2": 0.5}, 1.0).spent == 0.5
+    assert gauge.look({"w1": 20_000.7, "w2": 0.5}, 2.0).spent == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("nonsense", [{"keep": -1}, {"idle": float("nan")}, {"latency": "soon"}, {"patience": float("nan")}, {"lead": "x"}])
+def test_what_is_no_time_is_said_at_once(nonsense):
+    with pytest.raises(ConfigError, match=next(iter(nonsense))):
+        Adaptive(**nonsense)
 
 
 def test_noise_alone_moves_nobody():

@@ -1,12 +1,14 @@
 """Which routes are left out, and when they are tried again: by what one gateway saw of them, in virtual seconds."""
 
 import itertools
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tether.routing.health import ERRORS, Health
+from tether.routing.policies import policy_of
 from tether.routing.table import Route
 from tether.routing.tracks import Track
 from tether.types import WorkerId
@@ -207,3 +209,30 @@ def test_whatever_happens_at_least_half_of_the_routes_are_there(count, happening
         assert [is_out for each, is_out in lab.told if each == worker] == [
             number % 2 == 0 for number in range(sum(each == worker for each, _ in lab.told))
         ]
+
+
+def test_who_fails_when_its_route_is_gone_is_not_probed_and_keeps_nobody_in():
+    lab = Lab(4)
+    gone, bad, fine, _ = lab.tracks
+    lab.health.follow(lab.tracks[1:])
+    lab.fail(gone, 2 * ERRORS)
+    assert lab.probed(10.0) is None
+    lab.fail(bad, ERRORS)
+    assert fine in lab.usable
+    assert lab.told == [("w1", True)]
+
+
+def test_a_worker_that_was_slow_once_is_tried_again_when_that_was_some_time_ago():
+    lab, policy, now, chosen = Lab(2), policy_of("latency", random.Random("latency")), 0.0, []
+    slow, quick = lab.tracks
+    slow.took(2.0, now)
+    quick.took(0.01, now)
+    for tick in range(6000):
+        now = tick / 100
+        if tick % 100 == 0:
+            lab.health.review(now)
+        track = policy.choose(lab.health.own, b"")
+        lab.health.took(track, 0.01, now)
+        chosen.append(track)
+    assert slow not in chosen[:500]
+    assert slow in chosen

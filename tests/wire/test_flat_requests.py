@@ -94,6 +94,11 @@ def test_floats_and_integers_of_one_model_are_read_too():
     assert_same({"inputs": [tensor("a", "INT32", [1], [1]), tensor("b", "FP32", [1], [math.pi])]}, mixed)
 
 
+@pytest.mark.parametrize("shape", [[-1, -1], [-1, -2], [-1, 1], [1, -1]])
+def test_a_dimension_that_the_model_leaves_open_is_not_sent_open(shape):
+    assert_same({"inputs": [tensor(shape=shape, data=[1])]}, model(("x", "FP32", (-1, -1))))
+
+
 def test_a_large_body_is_read_too():
     assert_same({"inputs": [tensor(shape=[1, 300_000], data=[0.5] * 300_000)]}, model(("x", "FP32", (-1, -1))))
 

@@ -126,6 +126,24 @@ def test_nothing_is_kept_of_versions_that_are_gone(rig):
     assert [engine._turns, engine._servers, engine._settings, engine._measured, engine._volatile] == [{}] * 5
 
 
+def test_what_there_is_can_be_told_while_something_goes(rig, monkeypatch):
+    engine = rig(2).engine
+    endpoints = [engine.load(version(name)) for name in "ab"]
+
+    def server(number):
+        def endpoint(_self):
+            monkeypatch.delitem(engine._servers, version("b"), raising=False)  # as the thread that frees it does
+            return endpoints[number]
+
+        return type("Server", (), {"endpoint": property(endpoint)})()
+
+    freed = dict(engine._servers)
+    monkeypatch.setattr(engine, "_servers", {version(name): server(number) for number, name in enumerate("ab")})
+    assert [each.endpoint for each in engine.holdings()] == endpoints
+    monkeypatch.undo()
+    assert engine._servers == freed
+
+
 def test_what_has_to_go_is_told_of_first_and_its_socket_is_gone_when_the_next_one_is_there(rig):
     rig = rig(2)
     rig.before = slow("b")

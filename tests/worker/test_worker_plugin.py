@@ -11,6 +11,7 @@ from distributed.core import Server, rpc
 from tether.errors import ConfigError
 from tether.types import Digest, ModelVersion
 from tether.worker import plugin as plugins
+from tether.worker import service
 from tether.worker.engine import Engine
 from tether.worker.plugin import EnginePlugin
 from tether.worker.service import memory_budget
@@ -99,3 +100,25 @@ async def test_vitals_are_read_on_when_a_look_failed(tmp_path, monkeypatch):
 def test_a_budget_that_is_no_number_of_bytes_is_refused_with_what_to_write(nonsense):
     with pytest.raises(ConfigError, match="give a number of bytes, as 4GiB"):
         memory_budget(nonsense, 1 << 30)
+
+
+class Refused:
+    """A Dask worker that the orchestrator does not take in."""
+
+    closed = False
+
+    def __await__(self):
+        raise RuntimeError("name taken")
+
+    async def close(self):
+        self.closed = True
+
+
+async def test_an_orchestrator_that_refuses_is_not_asked_again_without_a_pause(monkeypatch):
+    pauses, worker = [], Refused()
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr(service.asyncio, "sleep", sleep)
+    assert (await service._next_life(worker), pauses, worker.closed) == ("failure-to-start", [0.1], True)

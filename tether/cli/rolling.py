@@ -67,7 +67,7 @@ def drain(worker: str, *, patience: float, undo: bool, target: Target, json_: bo
         print_json(msgspec.to_builtins(done))
     else:
         click.echo(f"{done.worker} is {done.state}")
-    if done.state == "draining":
+    if done.goes_on:
         sys.exit(1)
 
 

@@ -398,10 +398,11 @@ def _object(method: str, answer: bytes) -> dict[str, Any]:
 
 def _addressed(body: bytes, header_nbytes: int, model: str, version: int | None, seconds: float | None = None) -> Piece:
     """`u32 | JSON | tensors`: the request with the model's name in its JSON, which over HTTP is in the path; of a stream, its deadline."""
+    head = orjson.loads(memoryview(body)[:header_nbytes])
     names: dict[str, Any] = {"model_name": model} | ({} if version is None else {"model_version": str(version)})
     if seconds is not None:
-        names["parameters"] = {"timeout": round(seconds * 1e6)}
-    return joined(orjson.loads(memoryview(body)[:header_nbytes]) | names), memoryview(body)[header_nbytes:]
+        names["parameters"] = head.get("parameters", {}) | {"timeout": round(seconds * 1e6)}
+    return joined(head | names), memoryview(body)[header_nbytes:]
 
 
 def _lacking(method: str, error: ForbiddenError) -> ForbiddenError:

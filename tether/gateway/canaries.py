@@ -119,7 +119,7 @@ class Canaries:
         """As if it came only now."""
         trial.is_tried, trial.blamed = False, call.traffic
         call.avoid, call.tries, call.losses, call.doubted, call.fallback = [], 0, 0, None, None
-        call.begun, call.hop = time.monotonic(), replace(call.hop, alone=False)
+        call.begun, call.needs_token, call.hop = time.monotonic(), False, replace(call.hop, alone=False)
 
     def _copy(self, hop: Hop, trial: Trial, traffic: VersionTraffic) -> None:
         def done(reply: HopReply) -> None:

@@ -237,12 +237,12 @@ class Dispatch:
                 entry = self._canaries.chosen(call, entry, self.table)
             call.entry = entry
             call.hop = self._suspicion.admitted(entry, call.hop)
+            steering = self._steering(call, entry)  # first, so that who finds no place is counted: more workers are started by it
             if call.place is None and call.parts is None:
                 call.place = self._shedding.admitted(self.table, entry, call.hop, call.begun)
         except TetherError as error:
             self.fail(call, error)
             return
-        steering = self._steering(call, entry)
         track = steering.choose(session_of(call.hop) if steering.has_sessions else b"", call.avoid, now)
         if track is None:
             self._waiting.for_placement(call, entry)
@@ -287,7 +287,8 @@ class Dispatch:
         self._waiting.drop(lambda call: call not in self._open)
         for call in self._waiting.take(lambda call: self._is_due(call, now, is_other_table=is_other_table)):
             is_retry, call.needs_token = call.needs_token, False
-            self._attempt(call, now, is_retry=is_retry)
+            if call in self._open and not call.live:  # else a rollout that ended had it begin again meanwhile
+                self._attempt(call, now, is_retry=is_retry)
 
     def _is_due(self, call: Call, now: float, *, is_other_table: bool) -> bool:
         if not is_other_table and (call.entry is None or not call.entry.routes or now < call.not_before):

@@ -136,6 +136,8 @@ class Door:
         found = self._series.get(target)
         if found is not None:
             return found
+        if len(self._series) >= _URLS:  # one version has many spellings: 1, 01, ١
+            self._series.clear()
         try:
             model = table.resolve(*target).model
         except TetherError:

@@ -75,9 +75,13 @@ def _entry(call: Call) -> ModelEntry:
     return table.models[table.resolve(call.path["name"]).model.name]
 
 
-async def _write(call: Call, entry: ModelEntry, rollout: Rollout) -> None:
-    """Returns when the table has it."""
+async def _written(call: Call, entry: ModelEntry, rollout: Rollout) -> Answer:
+    """Returns when the table has it, or it is durable and the orchestrator is away: then it is described as it was written."""
     await call.door.dispatcher.management.set_serving(entry.name, {"rollout": msgspec.to_builtins(rollout)})
+    seen = _entry(call)
+    if seen.serving.rollout == entry.serving.rollout:
+        seen = structs.replace(seen, serving=structs.replace(seen.serving, rollout=rollout))
+    return as_json(described(seen))
 
 
 async def _begin(call: Call) -> Answer:
@@ -87,9 +91,7 @@ async def _begin(call: Call) -> Answer:
         raise MalformedRequestError('the body must have {"version": n}, n a number from 1')
     call.door.dispatcher.table.resolve(entry.name, str(version))
     rollout = begun(entry, terms, time.time())
-    if rollout != entry.serving.rollout:
-        await _write(call, entry, rollout)
-    return as_json(described(_entry(call)))
+    return as_json(described(entry)) if rollout == entry.serving.rollout else await _written(call, entry, rollout)
 
 
 async def _look(call: Call) -> Answer:
@@ -100,8 +102,8 @@ async def _end(call: Call) -> Answer:
     entry = _entry(call)
     rollout = entry.serving.rollout
     if rollout is not None and rollout.state == "running":
-        await _write(call, entry, structs.replace(rollout, state="aborted", reason="somebody ended it"))
-    return as_json(described(_entry(call)))
+        return await _written(call, entry, structs.replace(rollout, state="aborted", reason="somebody ended it"))
+    return as_json(described(entry))
 
 
 async def _drain(call: Call) -> Answer:

@@ -77,12 +77,13 @@ class Tries:
         live, call.live = call.live, []
         for attempt in live:
             attempt.abandon()
-            track = attempt.track
-            track.lasted(now - attempt.sent)
-            if call.traffic is None or call.parts is not None:
+            track, is_stream = attempt.track, call.parts is not None  # how long that went on was its reader's matter
+            if not is_stream:
+                track.lasted(now - attempt.sent)
+            if call.traffic is None:
                 continue
             health = call.traffic.steering.health
-            if health.is_silent(track, attempt.sent, now):
+            if not is_stream and health.is_silent(track, attempt.sent, now):
                 health.fell_silent(track, attempt.sent, now)
             else:
                 health.let_go(track, now)
@@ -191,9 +192,9 @@ class Tries:
         if call.doubted is not None:
             self._answer_unless_better(call, reply)
             return
-        call.doubted = attempt.track
-        if not self._refer(attempt, reply, now, "doubted") and call.traffic is not None:
-            call.traffic.steering.health.failed(attempt.track, now, by_itself=False)
+        call.doubted, traffic = attempt.track, call.traffic  # this version's: the answer may be taken back, to another one
+        if not self._refer(attempt, reply, now, "doubted") and traffic is not None:
+            traffic.steering.health.failed(attempt.track, now, by_itself=False)
 
     def _refer(self, attempt: Attempt, reply: HopReply, now: float, cause: str) -> bool:
         """To another worker, if that may have a better answer; else this is the answer. Whether there is another try."""

@@ -20,6 +20,8 @@ __all__ = ["Birth", "Child", "Nursery"]
 _PID_NBYTES = 32
 _PADDING = "-" * 1024
 """An argument that nobody reads: it makes room for those of a service, so that `ps` shows what it is."""
+_PATIENCE = 20.0
+"""Seconds for a service to be forked; the first one waits until all is imported. Longer takes only what is stopped or hangs."""
 _log = logging.getLogger(__name__)
 
 
@@ -73,6 +75,7 @@ class Nursery:
         self._socket: socket.socket | None = None
         self._zygote: subprocess.Popen[bytes] | None = None
         self._turn = asyncio.Lock()
+        self._is_asked = False
 
     def open(self) -> None:
         """Begin to import; returns at once. Nothing happens where the system is not made for it."""
@@ -81,41 +84,66 @@ class Nursery:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         command = [sys.executable, "-m", "tether.lab.zygote", str(theirs.fileno()), str(self._data), _PADDING]
-        with theirs, self._log.open("ab") as log:
-            self._zygote = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(theirs.fileno(),), start_new_session=True,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            )  # fmt: skip
+        try:
+            with theirs, self._log.open("ab") as log:
+                self._zygote = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(theirs.fileno(),), start_new_session=True,
+                    env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                )  # fmt: skip
+        except OSError as error:
+            _log.warning("services can't be forked, they are started one by one (%s)", error)
+            ours.close()
+            return
         self._socket = ours
 
     async def born(self, birth: Birth) -> Child | None:
         """The service, or nothing: it has to be started otherwise."""
-        try:
-            async with self._turn:
+        async with self._turn:
+            try:
                 return await self._asked(birth)
-        except asyncio.CancelledError:  # whose answer comes now would be taken for the next one's; the service ends with our lifeline
-            self.close()
-            raise
-        except (OSError, ValueError) as error:
-            _log.warning("services can't be forked any more, they are started anew (%s)", error)
-            self.close()
-            return None
+            except asyncio.CancelledError:  # whose answer comes now would be taken for the next one's; the service ends with our lifeline
+                self.close()
+                raise
+            except (OSError, ValueError) as error:
+                _log.warning("services can't be forked any more, they are started anew (%s)", error or type(error).__name__)
+                self.close()
+                return None
 
     async def _asked(self, birth: Birth) -> Child | None:
-        if self._socket is None:
+        sock = self._socket
+        if sock is None:
             return None
         request = {"arguments": list(birth.arguments), "environ": dict(birth.environ), "descriptors": list(birth.descriptors)}
-        socket.send_fds(self._socket, [json.dumps(request).encode()], list(birth.descriptors.values()))
-        pid = int(await asyncio.get_running_loop().sock_recv(self._socket, _PID_NBYTES))
-        return Child(pid)
+        self._is_asked = True
+        try:
+            socket.send_fds(sock, [json.dumps(request).encode()], list(birth.descriptors.values()))
+            async with asyncio.timeout(_PATIENCE):
+                return _watched(int(await asyncio.get_running_loop().sock_recv(sock, _PID_NBYTES)))
+        finally:
+            self._is_asked = False
+            if self._socket is None:
+                sock.close()
 
     def close(self) -> None:
         """End the process from which they come; they live on. A second call does nothing."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        sock, self._socket = self._socket, None
+        if sock is not None and self._is_asked:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # tells who waits for an answer, and then closes it, that none comes
+        elif sock is not None:
+            sock.close()
         if self._zygote is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._zygote.kill()
                 self._zygote.wait(1.0)
             self._zygote = None
+
+
+def _watched(pid: int) -> Child:
+    """Raises: OSError: it can't be watched, and does not run on unwatched."""
+    try:
+        return Child(pid)
+    except OSError:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        raise

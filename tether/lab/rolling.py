@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from numbers import Real
 from typing import Final
 
 import msgspec
 
 from tether import ports
-from tether.errors import DeadlineExceededError, ServiceUnavailableError, UnknownWorkerError
+from tether.errors import BadInputError, DeadlineExceededError, ServiceUnavailableError, UnknownWorkerError
 from tether.lab.objects import WorkerInfo, described
 from tether.types import ModelRef
 
@@ -63,9 +65,14 @@ class Drained(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: str
     state: str
-    """drained: it has nothing any more; draining: it still has `models`."""
+    """drained: it has nothing any more; draining: it still has `models`; silent: it does not answer, and may have requests still."""
     models: tuple[str, ...] = ()
     pid: int = 0
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it may have requests still."""
+        return self.state in {"draining", "silent"}
 
     def __repr__(self) -> str:
         return f"<Worker {self.worker}: {self.state}>"
@@ -110,8 +117,9 @@ class Rolling(ABC):
         model = _url_name(name)
         if version is None:
             return described(RolloutState, await self._roller.rollout(model))
-        terms = {"version": version, "steps": list(steps), "every": every, "requests": requests, "shadow": float(shadow)}
-        terms |= {"errors": errors, "slower": slower, "allow_nan": allow_nan}
+        numbers = {"every": every, "shadow": shadow, "errors": errors, "slower": slower}
+        terms = {"version": version, "steps": _shares(steps), "requests": requests, "allow_nan": allow_nan}
+        terms |= {name: _number(name, value) for name, value in numbers.items()}
         return described(RolloutState, await self._roller.begin_rollout(model, terms))
 
     async def abort_rollout(self, name: str) -> RolloutState:
@@ -124,18 +132,19 @@ class Rolling(ABC):
         What no other worker has after `patience` seconds goes all the same. Returns when it has nothing any more, or after `timeout`
         seconds (None: `patience`, and a minute). It then stays as it is, until `undrain`, or it or the orchestrator is started again.
 
-        Raises: UnknownWorkerError; UnsupportedError: it is another lab's.
+        Raises: UnknownWorkerError; UnsupportedError: it is another lab's; BadInputError.
         """
-        end = asyncio.get_running_loop().time() + (patience + 60.0 if timeout is None else timeout)
+        most = _seconds("patience", patience) + 60.0 if timeout is None else _seconds("timeout", timeout)
+        end = asyncio.get_running_loop().time() + most
         while True:
             left = end - asyncio.get_running_loop().time()
-            done = described(Drained, await self._roller.drain(worker, patience, max(min(left, _WAIT), 0.0)))
-            if done.state != "draining" or left <= 0:
+            done = described(Drained, await self._roller.drain(str(worker), patience, max(min(left, _WAIT), 0.0)))
+            if not done.goes_on or left <= 0:
                 return done
 
     async def undrain(self, worker: str) -> None:
         """Have a worker go on that was drained."""
-        await self._roller.undrain(worker)
+        await self._roller.undrain(str(worker))
 
     async def restart(self, *workers: str, patience: float = 30.0, timeout: float = 120.0) -> list[str]:  # noqa: ASYNC109 (the caller's)
         """Start workers again, one by one, while the lab serves; all of the lab's own, if none is named. Their names, in order.
@@ -143,8 +152,10 @@ class Rolling(ABC):
         Each is drained, ended, and back before it is the next one's turn, with as many copies of its models in the lab as before, if they
         are there within `patience` seconds. Who looks after them starts them: the lab's supervisor, Kubernetes, Dask's nanny.
 
-        Raises: UnknownWorkerError; DeadlineExceededError: one was not back after `timeout` seconds, the others were left alone.
+        Raises: UnknownWorkerError; BadInputError; ServiceUnavailableError: one does not answer; DeadlineExceededError: one was not back
+        after `timeout` seconds. The others are left alone then.
         """
+        patience, timeout = _seconds("patience", patience), _seconds("timeout", timeout)
         own = [each.id for each in (await self.workers()).values() if each.transport == "unix" and each.state != "lost"]
         chosen = list(workers) or own
         if strange := [worker for worker in chosen if worker not in own]:
@@ -195,3 +206,25 @@ def _copies(workers: Iterable[WorkerInfo], models: Collection[str]) -> Counter[s
 def _url_name(name: str) -> str:
     ref = ModelRef.parse(name)
     return f"{ref.publisher}~{ref.name}" if ref.publisher else ref.name
+
+
+def _shares(steps: object) -> list[float]:
+    """Raises: BadInputError: they are no list of numbers."""
+    if not isinstance(steps, Iterable):
+        raise BadInputError(f"steps must be shares, as (0.05, 0.25, 1), not {repr(steps)[:80]}")
+    return [_number("a step", step) for step in steps]
+
+
+def _number(name: str, value: object) -> float:
+    """Raises: BadInputError: it is none."""
+    if not isinstance(value, Real) or math.isnan(value):
+        raise BadInputError(f"{name} must be a number, not {repr(value)[:80]}")
+    return float(value)
+
+
+def _seconds(name: str, value: object) -> float:
+    """Raises: BadInputError: it is no time to wait."""
+    seconds = _number(name, value)
+    if seconds < 0:
+        raise BadInputError(f"{name} must be seconds, from 0 on, not {seconds:g}")
+    return seconds

@@ -39,6 +39,7 @@ def _serve(sock: socket.socket) -> bool:
             return False
         pid = os.fork()
         if not pid:
+            sock.close()  # later, its number may be that of a descriptor of the service's
             request = json.loads(message)
             _become(request, dict(zip(request["descriptors"], descriptors, strict=True)))
             return True

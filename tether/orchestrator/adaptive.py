@@ -8,6 +8,7 @@ The cluster's scheduler is a lab's orchestrator (`--preload tether.orchestrator.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import asdict, fields
 from inspect import isawaitable
@@ -32,6 +33,9 @@ _LEAD: Final = 60.0
 class Adaptive(adaptive.Adaptive):  # type: ignore[misc]  # distributed is untyped
     """Dask's counts tasks, of which requests are none. The orchestrator decides (`scaling.py`), and drains who is to go."""
 
+    state = "inactive"
+    """Until Dask's says otherwise: its `__del__` asks, also of one that could not be made."""
+
     def __init__(
         self, cluster: Any = None, *, patience: float = _PATIENCE, lead: float = _LEAD, forecast: bool = True, **options: Any
     ) -> None:
@@ -41,6 +45,8 @@ class Adaptive(adaptive.Adaptive):  # type: ignore[misc]  # distributed is untyp
         `tether[forecast]` is installed on the orchestrator's host; `lead`: seconds for one to come. Raises: ConfigError.
         """
         self._goal = _goal({name: options.pop(name) for name in _GOAL & options.keys()})
+        for name, seconds in {"patience": patience, "lead": lead}.items():
+            _check_seconds(name, seconds)
         self._patience, self._lead = patience, lead if forecast else None
         super().__init__(cluster, **({"wait_count": 1} | options))  # the orchestrator waits before it wants fewer
 
@@ -80,9 +86,16 @@ class Adaptive(adaptive.Adaptive):  # type: ignore[misc]  # distributed is untyp
         return [str(name) for name in self.plan]
 
 
+def _check_seconds(name: str, value: object) -> None:
+    """Raises: ConfigError."""
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} is {value!r}: give seconds, from 0 on")
+
+
 def _goal(said: dict[str, Any]) -> dict[str, float]:
-    configured = dask.config.get("tether.scaling", {})
+    asked = dask.config.get("tether.scaling", {})
     try:
-        return asdict(msgspec.convert({**configured, **said}, Goal, strict=False))
+        asked = {**asked, **said}
+        return asdict(msgspec.convert(asked, Goal, strict=False))
     except (TypeError, msgspec.ValidationError) as error:
-        raise ConfigError(f"tether.scaling is {configured!r}: give seconds of {', '.join(sorted(_GOAL))} ({error})") from None
+        raise ConfigError(f"tether.scaling is {asked!r}: give seconds of {', '.join(sorted(_GOAL))} ({error})") from None

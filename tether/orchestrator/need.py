@@ -53,6 +53,17 @@ class Need:
         """A request needs it, or it is in use, of which nothing is told yet."""
         self._add(model, 0.0, now)
 
+    def assume(self, model: ModelVersion, workers: int, now: float) -> None:
+        """So many have it, and what load needs was never told, as after a new start: all of them may be needed.
+
+        It goes to the step before, so that what is told from now on does not come on top.
+        """
+        steps, begun, seconds = self._seen.setdefault(model, deque()), now - now % _STEP - _STEP, 0.0
+        if steps and steps[0][0] <= begun:
+            begun, seconds = steps.popleft()
+        steps.appendleft((begun, max(seconds, workers * _STEP)))
+        self._count(model, now)
+
     def settle(self, now: float) -> set[ModelVersion]:
         """Forget what is too old to count; the versions that need fewer workers now. Mostly there is nothing to do."""
         if now < self._settle_at:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from tether.orchestrator.need import Need
 from tether.orchestrator.scaling import Staff
 from tether.orchestrator.workforce import Workforce
 from tether.routing.table import Table, VersionEntry
+from tether.types import ModelVersion, WorkerId
 
 __all__ = ["Overview"]
 
@@ -37,6 +39,20 @@ class Overview:
             for worker in self._workforce
             if worker.lent is None and worker.state != "silent"
         ]
+
+    def dispensable(self, workers: Iterable[str]) -> set[str]:
+        """Of these, in this order, as many as may go together: what they have stays with others, and they owe no answer."""
+        going: set[str] = set()
+        for name in workers:
+            worker = self._workforce.by_id(WorkerId(name))
+            if worker is None or worker.state == "silent" or worker.leaving:
+                continue
+            if all(self._stays(model, going | {name}) for model in worker.loaded):
+                going.add(name)
+        return going
+
+    def _stays(self, model: ModelVersion, without: set[str]) -> bool:
+        return any(worker.state == "running" and worker.id not in without for worker in self._workforce.having(model))
 
     def explain(self, table: Table, name: str, now: float) -> list[dict[str, Any]]:
         """Why each version of a model is where it is, and why not elsewhere, as `tether explain` shows it."""

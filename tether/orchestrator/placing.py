@@ -70,9 +70,14 @@ class Placing:
         return Load(worker.address, worker.pid, model, self._line(worker), worker.serving[model])
 
     def configure(self, touched: Sequence[ModelVersion]) -> list[Instruction]:
-        """What workers have in memory and serve as was said before. One that is loading is told when it has loaded."""
+        """What workers have in memory and serve as was said before. One that is loading is told when it has loaded.
+
+        Of what is not in the catalog nothing was said: a new orchestrator has none before a manager is there.
+        """
         told: list[Instruction] = []
         for model in touched:
+            if model not in self._catalog.published:
+                continue
             wanted = self._catalog.serving(model.name)
             for worker in self._workforce.having(model):
                 if worker.lent is None and worker.serving.get(model, DEFAULTS) != wanted:

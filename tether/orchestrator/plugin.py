@@ -137,8 +137,9 @@ class OrchestratorPlugin(SchedulerPlugin):  # type: ignore[misc]  # distributed 
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[Any]) -> list[Any]:  # noqa: ARG002 (Dask's signature)
         """Those that Dask's own `Adaptive` may end: nothing would be missed, and nothing ran there lately."""
-        may_go = self._resizing.may_go()
-        return [worker for worker in workers if str(worker.name) in may_go and not worker.metrics.get("tether_means", {}).get("busy")]
+        quiet = [str(worker.name) for worker in workers if not worker.metrics.get("tether_means", {}).get("busy")]
+        may_go = self._state.overview.dispensable(quiet)
+        return [worker for worker in workers if str(worker.name) in may_go]
 
     async def before_close(self) -> None:
         await self._pinger.aclose()

@@ -77,10 +77,6 @@ class Resizing:
         self._named = drained & (self._named | chosen)
         return {"workers": sorted(drained & chosen)}
 
-    def may_go(self) -> set[str]:
-        """Those that are drained, or have nothing that no other has."""
-        return {each.worker for each in self._staff() if each.is_drained or not each.only}
-
     def _foretold(self, arrived: int, lead: float, now: float) -> float:
         """Requests a second. In a thread: a library is imported, and works for a moment now and then."""
         if self._forecast is None:

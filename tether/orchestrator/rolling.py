@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from tether.errors import TetherError, UnknownWorkerError, UnsupportedError, from_code
+from tether.errors import ServiceUnavailableError, TetherError, UnknownWorkerError, UnsupportedError, from_code
 from tether.events import DrainAsked
 from tether.orchestrator.instructions import EndRollout
 from tether.orchestrator.state import ControlState
@@ -22,6 +22,8 @@ __all__ = ["Rolling"]
 log = structlog.get_logger("tether.orchestrator")
 _AGAIN: Final = 1.0
 """Seconds until the manager is told again how a rollout ended, if the catalog does not say so by then."""
+_PROMPT: Final = 5.0
+"""Seconds for a worker to hear that it is to end: one that is stopped hears nothing, and who asks waits ten."""
 _PROD: Final = "prod"
 
 
@@ -57,8 +59,9 @@ class Rolling:
         return _told(self._state.table.workers.get(entry.id, entry))
 
     def _has_left(self, worker: WorkerEntry) -> bool:
+        """One that does not answer may have requests still."""
         now = self._state.table.workers.get(worker.id)
-        return now is None or now.pid != worker.pid or now.state != "draining"
+        return now is None or now.pid != worker.pid or now.state not in {"draining", "silent"}
 
     def _own(self, worker: str) -> WorkerEntry:
         """Raises: UnknownWorkerError, UnsupportedError."""
@@ -73,11 +76,21 @@ class Rolling:
     async def _restart(self, worker: str) -> dict[str, Any]:
         try:
             entry = self._own(worker)
-            with contextlib.suppress(OSError):  # it has ended before it could answer
-                await self._call(entry.address).tether_end()
+            await self._end(entry)
         except TetherError as error:
             return {"error": [error.code, str(error)]}
         return _told(entry)
+
+    async def _end(self, worker: WorkerEntry) -> None:
+        """Raises: ServiceUnavailableError: it does not answer."""
+        try:
+            async with asyncio.timeout(_PROMPT):
+                with contextlib.suppress(OSError):  # it has ended before it could answer
+                    await self._call(worker.address).tether_end()
+        except TimeoutError:
+            raise ServiceUnavailableError(
+                f"{worker.id} does not answer, it may be stopped: end its process, {worker.pid}, by hand, or ask again"
+            ) from None
 
     async def end(self, ended: EndRollout) -> None:
         """Until the catalog says so: a manager that is away is told when it is back."""

@@ -23,7 +23,7 @@ from tether.types import ModelVersion
 __all__ = ["Rollouts", "Tally", "objection"]
 
 _LOADING: Final = 600.0
-"""Seconds for the first worker to have the new version."""
+"""Seconds for a worker to have the new version: the first one, and another one when none has it any more."""
 _SPREAD: Final = 15.0
 """Seconds after it in which further workers may get it before it takes requests of all those that have the old one."""
 _WINDOW, _LATELY = 60.0, 10.0
@@ -112,6 +112,10 @@ def _together(one: VersionLoad, other: VersionLoad) -> VersionLoad:
     )
 
 
+def _requests(load: VersionLoad) -> int:
+    return load.answered + load.failed + load.worse
+
+
 class _Trial:
     """One rollout that goes on."""
 
@@ -128,6 +132,8 @@ class _Trial:
         """What came of the old version when it had requests last: in the end the new one has them all."""
         self._ready: float | None = None
         """When the first worker had the new version."""
+        self._held = now
+        """When a worker had it last, or it began."""
 
     @property
     def canary(self) -> Canary | None:
@@ -151,19 +157,23 @@ class _Trial:
             self._silent[told.gateway] = self._silent.get(told.gateway, 0.0) + told.seconds
         else:
             self._silent.pop(told.gateway, None)
-        recent = sum(each.answered + each.failed + each.worse for _, each, _ in self._seen)
+        recent = sum(_requests(each) for _, each, _ in self._seen)
         while self._seen and now - self._seen[0][0] > _WINDOW and recent > _KEPT:
             _, gone, _ = self._seen.popleft()
-            recent -= gone.answered + gone.failed + gone.worse
+            recent -= _requests(gone)
+        if len(self._seen) > 2 * _WINDOW:  # weeks of a version that hardly gets any
+            self._seen = deque(each for each in self._seen if now - each[0] <= _WINDOW or _requests(each[1]))
 
     def proceed(self, new: VersionEntry, old: VersionEntry, now: float) -> Rollout | None:
         """To the next step, if it is time; the rollout as it ended, if it did."""
-        if new.state == "failed":
-            return self._ended("reverted", f"it can't be loaded: {new.reason}")
-        if reason := self._objection(now):
+        if reason := self._objection(new, now):
             return self._ended("reverted", reason)
+        if not new.routes:  # those who ask get the old version; nothing is decided meanwhile
+            return self._await_a_worker(new, now)
+        self._held = now
         if self.step == _TO_LOAD:
-            return self._await_loading(new, old, now)
+            self._await_copies(new, old, now)
+            return None
         if now - self.since < self.rollout.every or self._answered < self.rollout.requests:
             return None
         if self.step + 1 == len(self.rollout.steps):
@@ -171,7 +181,9 @@ class _Trial:
         self._enter(self.step + 1, now)
         return None
 
-    def _objection(self, now: float) -> str | None:
+    def _objection(self, new: VersionEntry, now: float) -> str | None:
+        if new.state == "failed":
+            return f"it can't be loaded: {new.reason}"
         if self.step == _TO_LOAD or not self._seen:
             return None
         old = Tally.of(old for _, _, old in self._seen)
@@ -186,16 +198,16 @@ class _Trial:
         old = Tally.of(old for _, old in seen)
         return objection(self.rollout, Tally.of(new for new, _ in seen), self._usual if old.mean is None else old)
 
-    def _await_loading(self, new: VersionEntry, old: VersionEntry, now: float) -> Rollout | None:
+    def _await_a_worker(self, new: VersionEntry, now: float) -> Rollout | None:
+        if now - self._held < _LOADING:
+            return None
+        return self._ended("reverted", f"it was not loaded within {_LOADING:g} s: {new.reason or 'no worker took it'}")
+
+    def _await_copies(self, new: VersionEntry, old: VersionEntry, now: float) -> None:
         """As many workers as have the old version are to have it: it may get all of that one's requests."""
-        if not new.routes:
-            if now - self.since < _LOADING:
-                return None
-            return self._ended("reverted", f"it was not loaded within {_LOADING:g} s: {new.reason or 'no worker took it'}")
         self._ready = now if self._ready is None else self._ready
         if len(new.routes) >= len(old.routes) or now - self._ready >= _SPREAD:
             self._enter(_IN_SHADOW if self.rollout.shadow else 0, now)
-        return None
 
     def _enter(self, step: int, now: float) -> None:
         self.step, self.since, self._answered = step, now, 0
@@ -229,7 +241,7 @@ class Rollouts:
 
     def _follow(self, name: str, entry: CatalogModel, now: float) -> None:
         rollout, ending = entry.serving.rollout, self._ending.get(name)
-        if rollout is None or (ending is not None and ending.begun == rollout.begun):
+        if rollout is None or (ending is not None and ending.begun == rollout.begun and not _is_void(ending, entry)):
             return
         self._ending.pop(name, None)
         if (ended := _ended_by_hand(rollout, entry)) is not None:
@@ -285,6 +297,11 @@ class Rollouts:
     def is_due(self, ended: EndRollout) -> bool:
         """Whether that is still to be written: the catalog does not say it yet, nor was another one begun."""
         return self._ending.get(ended.model) == ended.rollout
+
+
+def _is_void(ending: Rollout, entry: CatalogModel) -> bool:
+    """Whether the name can't mean the new version any more, which was deleted before it was written that it is to."""
+    return ending.state == "promoted" and ending.version not in entry.versions
 
 
 def _ended_by_hand(rollout: Rollout, entry: CatalogModel) -> Rollout | None:

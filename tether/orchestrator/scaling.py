@@ -6,7 +6,9 @@ import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
+
+from msgspec import Meta
 
 from tether.events import GatewayLoad
 from tether.types import WorkerId
@@ -21,6 +23,8 @@ _RATE: Final = 5.0
 """Seconds over which arrivals are averaged."""
 _LEARN: Final = 30.0
 """Seconds over which it is learned what a request costs: answers are told each second, and time in runtimes with each heartbeat."""
+_RETURN: Final = 6.0
+"""Seconds in which workers come back that went on without an orchestrator."""
 _BATCH: Final = 5.0
 """Seconds: `distributed.adaptive.target-duration`."""
 _SILENT: Final = 3.0
@@ -31,11 +35,11 @@ _SILENT: Final = 3.0
 class Goal:
     """What who scales a lab wants of it. All in seconds."""
 
-    latency: float = 1.0
+    latency: Annotated[float, Meta(ge=0)] = 1.0
     """Beyond its cost, that an answer may take before another worker comes, whatever the rest says."""
-    keep: float = 60.0
+    keep: Annotated[float, Meta(ge=0)] = 60.0
     """Over which the most counts: so long a worker stays that is needed no more."""
-    idle: float = 300.0
+    idle: Annotated[float, Meta(ge=0)] = 300.0
     """Without a request, after which the last worker goes: the next request then pays its start."""
 
 
@@ -83,8 +87,8 @@ class Gauge:
         `spent`: by process of a worker, seconds inside runtimes since its start.
         """
         self._open = {gateway: told for gateway, told in self._open.items() if now - told[0] < _SILENT}
-        worked = sum(max(total - self._spent.get(worker, 0.0), 0.0) for worker, total in spent.items())
         seconds = now - self._looked_at if self._looked_at is not None else 0.0
+        worked = sum(self._worked(worker, total, seconds) for worker, total in spent.items())
         latency = self._seconds / self._answered if self._answered else 0.0
         waiting = sum(count for _, count in self._open.values())
         pressure = Pressure(0.0, waiting=waiting)
@@ -93,6 +97,15 @@ class Gauge:
         self._looked_at, self._spent = now, dict(spent)
         self._arrived, self._answered, self._seconds = 0, 0, 0.0
         return pressure
+
+    def _worked(self, worker: str, total: float, seconds: float) -> float:
+        """Since the last look. One that was not there then, and can't have worked so long since, was cut off: what it did meanwhile is not
+        known.
+        """
+        before = self._spent.get(worker)
+        if before is None:
+            return total if total <= seconds else 0.0
+        return max(total - before, 0.0)
 
 
 class Scaler:
@@ -106,14 +119,15 @@ class Scaler:
         self._came: deque[tuple[float, int, float]] = deque()
         """When it was looked at, requests since the look before, seconds since."""
         self._wanted: deque[tuple[float, int]] = deque()
-        self._asked_at: float | None = None
-        """None: it was never looked."""
+        self._asked_at = self._begun = -math.inf
+        """When there were requests last, and when it was looked first."""
 
     def look(self, seen: Pressure, workers: int, now: float, expected: float = 0.0) -> int:
         """Workers that are wanted. `workers`: that there are; `expected`: requests a second, as foretold for when one more would be up."""
-        if self._asked_at is None:  # nothing is known: those that there are stay for a while
-            self._asked_at = now
-            self._wanted.append((now, workers))
+        if self._begun == -math.inf:
+            self._begun = self._asked_at = now
+        if now - self._begun < _RETURN:  # nothing is known: those that there are, and those that come back, stay for a while
+            self._wanted.appendleft((self._begun, workers))
         self._learn(seen, now)
         wanted = self._for_work(seen, max(self.rate, expected))
         if seen.waiting and seen.latency > self.goal.latency + (self.cost or 0.0):

@@ -181,6 +181,9 @@ class ControlState:
         self._workforce.touched.update(loaded)
         self._demand.wanted |= self._catalog.published.intersection(loaded)
         self._follow_load(loaded, now)
+        for model in self._demand.wanted.intersection(loaded):
+            if model in self._need:
+                self._assume(model, now)
 
     def _follow_load(self, models: Iterable[ModelVersion], now: float) -> None:
         """What was said of these is another thing now: some are to have as many copies as load needs, of which nothing is told yet."""
@@ -188,7 +191,11 @@ class ControlState:
             if model not in self._catalog.published or not self._catalog.serving(model.name).follows_load:
                 self._need.drop(model)
             elif model in self._demand.wanted and model not in self._need:
-                self._need.ask(model, now)
+                self._assume(model, now)
+
+    def _assume(self, model: ModelVersion, now: float) -> None:
+        """As many are needed as have it, but for the spare one, until load is known: what serves is not freed for want of news."""
+        self._need.assume(model, len(self._workforce.having(model)) - self._catalog.serving(model.name).spare, now)
 
     def _take_load(self, load: GatewayLoad, now: float) -> None:
         for model, seen in load.versions.items():
@@ -200,14 +207,25 @@ class ControlState:
         """Rollouts that ended. What they want loaded is as if it were asked for; what went back is freed, as if nobody did any more."""
         if not self._rollouts and not self._placing.on_trial and not self._taken_back:
             return []
-        ended, before = self._rollouts.proceed(self._seen, now), self._placing.on_trial
+        before = self._placing.on_trial
+        new = self._rollouts.wanted - before
+        ended = self._rollouts.proceed(lambda model: None if model in new else self._seen(model), now)
         self._placing.on_trial = self._rollouts.wanted
-        for model in self._placing.on_trial - self._demand.wanted:
+        self._try_anew(new)
+        for model in self._placing.on_trial - self._demand.wanted | new:
             self._want(model, now)
         back = {model for model in before - self._placing.on_trial if not self._catalog.is_default(model)}
         self._demand.wanted -= back
         self._workforce.touched |= self._rollouts.versions
         return [*ended, *self._free_taken_back(back)]
+
+    def _try_anew(self, models: Iterable[ModelVersion]) -> None:
+        """That they could not be loaded before is no reason to take them back: perhaps it was mended since."""
+        for model in models:
+            self._demand.answered(model)
+            for worker in self._workforce.concerned(model):
+                worker.forget(model)
+                self._workforce.note(worker, model)
 
     def _free_taken_back(self, models: set[ModelVersion]) -> list[Instruction]:
         """These, and earlier ones that a worker was still loading, unless somebody asked for them since."""

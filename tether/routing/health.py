@@ -126,7 +126,7 @@ class Health:
             self._eject(track, "silent", now)
 
     def review(self, now: float) -> None:
-        """Look for routes that are too slow, and for silent ones that were heard again; once in a second."""
+        """Look for routes that are too slow, and for silent ones that were heard again, and let peaks fade; once in a second."""
         self._longest *= _FADES
         for track in self.out[:]:
             if track.cause == "silent" and track.owes() < track.owed:
@@ -134,6 +134,7 @@ class Health:
         for peers in (self.own, self.lent):
             limit = _slow_from(peers)
             for track in peers:
+                track.rested(now)
                 if track.answers >= _ENOUGH and track.usual > limit:
                     self._eject(track, "slow", now)
 
@@ -168,7 +169,7 @@ class Health:
             self._return(track, now)
 
     def _eject(self, track: Track, cause: str, now: float) -> None:
-        if len(self.out) + 1 > len(self._tracks) // 2:
+        if len(self.out) + 1 > len(self._tracks) // 2 or track not in self._tracks:  # its route is gone: nobody is to probe it
             return
         if now - track.back_at > _FORGOTTEN:
             track.stints = 0

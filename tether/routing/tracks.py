@@ -12,6 +12,8 @@ __all__ = ["Track"]
 
 _MEMORY: Final = 5.0
 """Seconds in which a peak of `latency` falls to a third: long enough to see a stall twice, short enough to forgive a cold start."""
+_FADES: Final = math.exp(-1.0 / _MEMORY)
+"""Each second."""
 _SHARE: Final = 0.1
 """Of the last answer in `usual`."""
 _UNPROVEN: Final = 1e6
@@ -75,6 +77,11 @@ class Track:
         self.answers += 1
         self.errors = 0
         self.replied = self.succeeded = now
+
+    def rested(self, now: float) -> None:
+        """One more second has passed. Who had no request in it is forgiven as well, else no policy would learn that it was cured."""
+        if now - self.succeeded >= 1.0 and not self.owes():
+            self.latency *= _FADES
 
     def lasted(self, seconds: float) -> None:
         """It had no answer after so long, and nobody waits for it any more."""

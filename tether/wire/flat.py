@@ -114,7 +114,7 @@ def _array(tensor: _Floats | _Integers, spec: TensorSpec) -> Array | None:
         return None
     count = 1
     for size, expected in zip(shape, wanted, strict=True):
-        if size != expected and (expected >= 0 or size < 0):
+        if size < 0 or (size != expected and expected >= 0):
             return None
         count *= size
     if count != len(tensor.data) or not count:

@@ -237,7 +237,7 @@ class Engine:
     def holdings(self) -> list[Holding]:
         """What is in memory, where it answers and how it is served."""
         with self._lock:
-            servers = self._servers.items()
+            servers = list(self._servers.items())  # who frees one does not hold the lock
             return [Holding(model, str(server.endpoint), self._settings.get(model, DEFAULTS)) for model, server in servers]
 
     @property

@@ -326,6 +326,7 @@ async def _next_life(worker: _Worker) -> str:
         await worker.finished()
     except (OSError, TimeoutError, RuntimeError) as error:  # RuntimeError: what kept it from starting is its cause
         log.warning("not taken in, it is tried again", error=str(error.__cause__ or error))
+        await asyncio.sleep(_LOOK)  # it answers and refuses at once, as long as it likes
         return _REFUSED
     finally:
         await worker.close()

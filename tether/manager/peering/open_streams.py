@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING, Final
@@ -47,8 +48,10 @@ class OpenStream:
     async def read(self, wait: float) -> bytes:
         """What came since, up to what a socket holds; empty, if nothing does within `wait` seconds.
 
-        Raises: StreamLostError: it is over; MalformedRequestError: another question for it is open.
+        Raises: StreamLostError: it is over, or its gateway went away; MalformedRequestError: another question for it is open.
         """
+        import aiohttp  # 0.1 s that a lab without peers need not pay; whoever has a stream has paid it
+
         if self.is_read:
             raise MalformedRequestError("another question for this stream is open: parts are asked for one after the other")
         async with self._reading:
@@ -57,6 +60,9 @@ class OpenStream:
                     data = await self._content.readany()
             except TimeoutError:
                 return b""
+            except aiohttp.ClientError as error:
+                await self.aclose()
+                raise StreamLostError("the stream broke off: the lab's gateway went away, or nobody wanted it any more") from error
             finally:
                 self.read_at = asyncio.get_running_loop().time()
         if not data:
@@ -75,16 +81,22 @@ class OpenStreams:
 
     def __init__(self) -> None:
         self._open: dict[str, OpenStream] = {}
+        self._opening: Counter[str] = Counter()
+        """How many of each peer the gateway has not answered yet."""
         self._watching: asyncio.Task[None] | None = None
 
     async def open(self, peer: str, model: str, answer: AbstractAsyncContextManager[aiohttp.StreamReader]) -> str:
         """Begin one; the result names it. Raises: QueueFullError: the peer reads too many; what the gateway answers."""
-        if sum(stream.peer == peer for stream in self._open.values()) >= _MOST_OPEN:
+        if self._opening[peer] + sum(stream.peer == peer for stream in self._open.values()) >= _MOST_OPEN:
             raise QueueFullError(f"{_MOST_OPEN} of your streams are open: read them, or leave them")
-        async with AsyncExitStack() as stack:
-            content = await stack.enter_async_context(answer)
-            name = secrets.token_hex(8)
-            self._open[name] = OpenStream(peer, model, content, stack.pop_all())
+        self._opening[peer] += 1
+        try:
+            async with AsyncExitStack() as stack:
+                content = await stack.enter_async_context(answer)
+                name = secrets.token_hex(8)
+                self._open[name] = OpenStream(peer, model, content, stack.pop_all())
+        finally:
+            self._opening -= Counter([peer])  # which forgets whom nothing is left of
         if self._watching is None or self._watching.done():
             self._watching = asyncio.create_task(self._watch())
         return name
