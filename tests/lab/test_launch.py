@@ -99,9 +99,9 @@ async def test_a_service_killed_again_and_again_is_back_each_time_at_once(tmp_pa
     service(ANSWERS)
     async with kept(tmp_path / "log") as process:
         await process.ready()
-        for _ in range(5):
+        for number in (*[signal.SIGKILL] * 4, signal.SIGRTMIN + 1):  # one that has no name, too
             pid = process.pid
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
             assert await another(process, pid) < 3
 
 

@@ -205,7 +205,8 @@ class Process:
         """How the process ended that nobody told to; of one that was forked only its log can tell."""
         code = self._child.returncode if self._child is not None else None
         if code is not None and code < 0:
-            return f"ended by {signal.Signals(-code).name}"
+            known = {each.value: each.name for each in signal.Signals}
+            return f"ended by {known.get(-code, f'signal {-code}')}"  # most real-time ones have no name
         return f"{'could not be started' if code is None else 'ended'}; its last words: {self._last_words()}"
 
     def _last_words(self) -> str:
