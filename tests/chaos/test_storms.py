@@ -31,7 +31,8 @@ def test_row_08_every_request_ends_at_its_deadline(lab, chaos, measured):
     counts += f"the last ended {over * 1000:.0f} ms after its deadline"
     measured(f"row 8: {counts}")
     chaos.record(8, counts, time.monotonic() - begun)
-    assert {(status, answer) for _, status, answer in ended if status != 200} == {(504, "deadline_exceeded")}
+    refused = {(503, "queue_full")}  # at once, what would not have been in time: row 7
+    assert {(status, answer) for _, status, answer in ended if status != 200} - refused == {(504, "deadline_exceeded")}
     assert over < (SLACK if chaos.scale >= 1 else PROMPT)
     assert together([(Client(lab), "patient", 0.0)])[0][:2] == (200, 0.0)
 
